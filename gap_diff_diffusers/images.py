@@ -1,0 +1,251 @@
+"""The image contract: what a photo is, from the file it comes from to the file it goes to.
+
+Inside, a photo is 8-bit RGB pixels with its alpha, color profile and EXIF beside them; networks see float32 NCHW in [0,1].
+"""
+
+import io
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+MINIMUM_SIDE = 16
+PHOTO_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+)
+
+
+class PhotoError(ValueError):
+    """A photo that cannot be read, protected or saved. Says what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """An 8-bit photo, upright.
+
+    Attributes:
+        pixels: (H,W,3) uint8 RGB, in the photo's own color profile; a gray photo has three equal channels.
+        alpha: (H,W) uint8, or None.
+        gray: whether it came, and is saved, as gray.
+        icc_profile, exif: as bytes, or None. EXIF without its orientation, which the pixels now have.
+        notes: what reading had to change, one sentence each.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    gray: bool = False
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_pil(self) -> Image.Image:
+        """As PIL in mode L, LA, RGB or RGBA, with the color profile in `info`; EXIF is left out."""
+        image = Image.fromarray(self.pixels[:, :, 0] if self.gray else self.pixels)
+        if self.alpha is not None:
+            image.putalpha(Image.fromarray(self.alpha))
+        if self.icc_profile:
+            image.info["icc_profile"] = self.icc_profile
+        return image
+
+
+def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
+    """Read a photo from a file or take it from PIL.
+
+    Turns it upright (EXIF), keeps alpha, color profile and gray; palettes become RGB(A), CMYK becomes sRGB, 16-bit gray
+    becomes 8-bit. Files whose first of several pictures is the photo (MPO, as phones write) count as one picture.
+
+    Raises:
+        PhotoError: missing, empty, truncated, not an image, animated, too many or too few pixels, an unknown mode.
+    """
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    path = Path(source)
+    if path.is_dir():
+        raise PhotoError(f"{path}: expected a photo, got a folder")
+    try:
+        if path.stat().st_size == 0:
+            raise PhotoError(f"{path}: the file is empty (0 bytes)")
+        if path.suffix.lower() in (".heic", ".heif"):
+            _register_heif(path)
+        with warnings.catch_warnings():
+            # Up to Pillow's limit a big photo is welcome; past twice of it Pillow raises DecompressionBombError.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _from_pil(image)
+    except PhotoError as error:
+        raise error if str(error).startswith(str(path)) else PhotoError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise PhotoError(f"{path}: there is no such file") from error
+    except UnidentifiedImageError as error:
+        raise PhotoError(f"{path}: expected an image (JPEG, PNG, WebP, TIFF, ...), got something else") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise PhotoError(
+            f"{path}: more than {limit} megapixels, which may be a decompression bomb; make it smaller first"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged data
+        raise PhotoError(f"{path}: cannot be read, is it truncated or damaged? ({error})") from error
+
+
+def _register_heif(path: Path) -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise PhotoError(f"{path}: HEIC needs an extra: pip install 'gap_diff_diffusers[heic]'") from error
+    register_heif_opener()
+
+
+def _from_pil(image: Image.Image) -> Photo:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise PhotoError(f"expected one picture, got an animation or a stack of {frames}; export one of them")
+    if min(image.size) < MINIMUM_SIDE:
+        raise PhotoError(
+            f"expected at least {MINIMUM_SIDE}x{MINIMUM_SIDE} pixels, got {image.width}x{image.height}; "
+            "there is nothing to protect in a picture this small"
+        )
+    notes = []
+    raw_mode = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+    icc_profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)  # decodes; a copy even where there is nothing to turn
+    exif = image.getexif().tobytes() or None
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise PhotoError("expected values of at most 16 bits, got a 32-bit image; convert it to 8 bits first")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        notes.append("16 bits per channel became 8")
+    elif "16" in raw_mode:
+        notes.append("16 bits per channel became 8")
+    elif image.mode == "CMYK":
+        image, icc_profile = _cmyk_to_srgb(image, icc_profile), None
+        notes.append("CMYK became sRGB")
+    elif image.mode == "P" or (image.mode in ("RGB", "L") and "transparency" in image.info):
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode not in ("RGB", "RGBA", "L", "LA", "1", "YCbCr", "La", "RGBa"):
+        raise PhotoError(f"expected an RGB, gray, palette or CMYK image, got mode {image.mode!r}; convert it to RGB")
+    gray = image.mode in ("1", "L", "LA", "La")
+    alpha = np.asarray(image.getchannel("A")) if image.mode in ("RGBA", "LA") else None
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+        alpha = np.asarray(image.getchannel("A"))
+    pixels = np.array(image.convert("RGB"))
+    return Photo(pixels=pixels, alpha=alpha, gray=gray, icc_profile=icc_profile, exif=exif, notes=tuple(notes))
+
+
+def _cmyk_to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
+    if icc_profile is None:
+        return image.convert("RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        raise PhotoError(f"its CMYK color profile cannot be used ({error}); convert it to RGB first") from error
+
+
+def encode_photo(
+    photo: Photo, *, format: str = "png", quality: int | None = None, keep_metadata: bool = False
+) -> bytes:
+    """Encode a photo as the bytes of a file.
+
+    Args:
+        format: `"png"`; `"jpeg"` (4:4:4, quality 95 unless given); `"webp"` (lossless unless a quality is given).
+        quality: 1..100, for JPEG and WebP.
+        keep_metadata: write the photo's EXIF too. Its color profile is always kept.
+    """
+    if format == "jpeg" and photo.alpha is not None:
+        raise PhotoError("JPEG has no transparency; save it as PNG or WebP")
+    options: dict = {"exif": photo.exif} if keep_metadata and photo.exif else {}
+    if photo.icc_profile:
+        options["icc_profile"] = photo.icc_profile
+    if format == "jpeg":
+        options |= {"quality": quality or 95, "subsampling": 0}
+    elif format == "webp":
+        options |= {"lossless": True, "exact": True, "method": 2} if quality is None else {"quality": quality}
+    else:
+        options["compress_level"] = 4  # a protected photo is noisy: the default of 6 is twice as slow and 1 % smaller
+    buffer = io.BytesIO()
+    image = photo.to_pil()
+    image.info.clear()  # what goes into the file is said above
+    image.save(buffer, format.upper(), **options)
+    return buffer.getvalue()
+
+
+def write_atomically(path: str | os.PathLike, data: bytes, check: Callable[[Path], object] = lambda _: None) -> None:
+    """Write a file through a temporary one beside it and a rename: at any moment it is whole or not there.
+
+    `check` gets the temporary file before the rename; if it raises, nothing is left.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        check(Path(temporary))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; this one is like any other
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def with_pixels(photo: Photo, pixels: np.ndarray) -> Photo:
+    """The same photo with other pixels (H,W,3) uint8."""
+    return replace(photo, pixels=pixels)
+
+
+def resize_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H,W,3) uint8 with an antialiased bicubic filter."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
+    return images[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def psnr(pixels: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two (H,W,3) uint8 images; infinite where they are equal."""
+    rows = max(1, 2**20 // pixels.shape[1])
+    total = 0.0
+    for start in range(0, len(pixels), rows):
+        strip = slice(start, start + rows)
+        difference = torch.from_numpy(pixels[strip]).to(torch.int16) - torch.from_numpy(reference[strip])
+        total += difference.float().square_().sum(dtype=torch.float64).item()
+    return math.inf if total == 0 else 10 * math.log10(255**2 * pixels.size / total)
+
+
+def ssim(pixels: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity of two (H,W,3) uint8 images: the mean over the luma, 11x11 Gaussian window of sigma 1.5.
+
+    Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004. As its authors advise
+    for what a person sees at once, photos are first averaged down by a whole factor, here to a short side of 512 to 1023 px.
+    """
+    luma = torch.tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)
+    factor = max(1, min(pixels.shape[:2]) // 512)
+    size = (pixels.shape[0] // factor, pixels.shape[1] // factor)
+    x, y = (
+        (torch.from_numpy(resize_pixels(p, *size)).permute(2, 0, 1)[None].float() * luma).sum(1, keepdim=True)
+        for p in (pixels, reference)
+    )
+    window = torch.exp(-((torch.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 1, 11)
+
+    def blur(z: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(z, window), window.transpose(2, 3))
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))).mean().item()

@@ -1,0 +1,337 @@
+"""GAPDiffProtectionPipeline: photos in, protected photos out.
+
+A Hub repository carries a copy of this file for `trust_remote_code=True`, with the package's modules that it imports
+written into it (`self_contained_source`). So it imports nothing but those, torch, diffusers, huggingface_hub, numpy
+and PIL, and it names the former in one-line imports.
+"""
+
+import inspect
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from PIL import Image
+
+from ..budget import add_perturbation, budget_levels, largest_change
+from ..images import MINIMUM_SIDE, Photo, PhotoError, psnr, read_photo, resize_pixels, ssim, with_pixels
+
+PhotoInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Photo
+
+REMOTE_MODULE = "pipeline_gap_diff_protection"  # unique: the modules of all repositories share one cache folder
+
+
+@dataclass
+class GAPDiffProtectionPipelineOutput(BaseOutput):
+    """What `GAPDiffProtectionPipeline` returns.
+
+    Attributes:
+        images: protected photos. `"pil"`: a list, with size, mode, alpha and color profile of the originals. `"np"`:
+            (N,H,W,3) float32 in [0,1]. `"pt"`: (N,3,H,W) float32 in [0,1]. Lists of the latter where sizes differ.
+        perturbation: what was added, protected minus original. `"np"` and `"pt"`: as the images, in [-1,1]. `"pil"`:
+            a list of (H,W,3) int16 arrays, in levels.
+        budget: per photo, the largest change of any subpixel, in levels of 0..255.
+        psnr: per photo, in dB; infinite if nothing changed.
+        ssim: per photo, up to 1.
+    """
+
+    images: list[Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
+    perturbation: list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
+    budget: list[int]
+    psnr: list[float]
+    ssim: list[float]
+
+
+class GAPDiffProtectionPipeline(DiffusionPipeline):
+    """Protect photos against diffusion-based personalization with a trained perturbation generator.
+
+    Paper: GAP-Diff: Protecting JPEG-Compressed Images from Diffusion-based Facial Customization (NDSS 2025).
+
+    Args:
+        generator: the network that computes the perturbation.
+        noise_budget: default budget on the [0,1] scale, 8/255 in the paper.
+    """
+
+    model_cpu_offload_seq = "generator"
+
+    def __init__(self, generator: ModelMixin, noise_budget: float = 8 / 255):
+        super().__init__()
+        budget_levels(noise_budget)
+        self.register_modules(generator=generator)
+        self.register_to_config(noise_budget=noise_budget)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        photos: PhotoInput | list[PhotoInput],
+        noise_budget: float | None = None,
+        strength: float = 1.0,
+        output_type: str = "pil",
+        batch_size: int = 1,
+        return_dict: bool = True,
+    ) -> GAPDiffProtectionPipelineOutput | tuple:
+        """Protect photos.
+
+        Nothing is random. Values are those of 8-bit photos whatever `output_type` is: floating-point input is rounded
+        to 8 bits first, and max |protected - original| <= floor(255 * noise_budget) levels holds exactly.
+
+        Args:
+            photos: one photo or a list of them, of any sizes from 16x16 pixels up: paths, PIL images, numpy arrays
+                ((H,W), (H,W,3) or (N,H,W,3); uint8, or floats in [0,1]), tensors ((3,H,W) or (N,3,H,W); likewise).
+            noise_budget: the most that a subpixel may change, on the [0,1] scale (`8/255` is 8 levels of 255);
+                default: the checkpoint's.
+            strength: scales the perturbation within the budget, above 0 and up to 1.
+            output_type: `"pil"`, `"np"` or `"pt"`. The latter two hold RGB only.
+            batch_size: how many photos of one size the network takes at once. More than 1 helps on a GPU; there, and
+                there only, floating-point rounding may then depend on it.
+            return_dict: `False` for a plain tuple.
+
+        Raises:
+            PhotoError: a photo that cannot be protected; its position in the list is named.
+            ValueError: an argument out of range.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"expected output_type 'pil', 'np' or 'pt', got {output_type!r}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size!r}")
+        originals = _read_all(photos)
+        protected: list[Photo | None] = [None] * len(originals)
+        with self.progress_bar(total=len(originals)) as progress_bar:
+            for indices in _batches_of_one_size(originals, batch_size):
+                batch = self.protect_batch([originals[i] for i in indices], noise_budget, strength)
+                for index, photo in zip(indices, batch):
+                    protected[index] = photo
+                progress_bar.update(len(indices))
+        self.maybe_free_model_hooks()
+
+        pairs = [(p.pixels, o.pixels) for p, o in zip(protected, originals)]
+        output = GAPDiffProtectionPipelineOutput(
+            images=_convert_images(protected, output_type),
+            perturbation=_convert_perturbations(pairs, output_type),
+            budget=[largest_change(*pair) for pair in pairs],
+            psnr=[psnr(*pair) for pair in pairs],
+            ssim=[ssim(*pair) for pair in pairs],
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def protect_batch(
+        self, photos: list[Photo], noise_budget: float | None = None, strength: float = 1.0
+    ) -> list[Photo]:
+        """Protect photos of one size; what `__call__` does between reading and measuring."""
+        levels = budget_levels(self.config.noise_budget if noise_budget is None else noise_budget)
+        if not 0 < strength <= 1:
+            raise ValueError(f"expected a strength above 0 and up to 1, got {strength!r}; 1 uses the whole budget")
+        if self.generator.training:
+            raise ValueError("the generator is in training mode; call pipe.generator.eval() first")
+        height, width = photos[0].pixels.shape[:2]
+        perturbations: list[list[np.ndarray]] = [[] for _ in photos]
+        for size in self.perturbation_sizes(height, width):
+            for layers, computed in zip(perturbations, self._perturb(photos, size)):
+                layers.append(resize_pixels(computed, height, width))
+        return [
+            with_pixels(
+                photo,
+                add_perturbation(photo.pixels, layers, amplitude=levels * strength, levels=levels, gray=photo.gray),
+            )
+            for photo, layers in zip(photos, perturbations)
+        ]
+
+    def perturbation_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """The sizes at which the perturbation of a photo is computed; their resampled sum is what is added."""
+        long_side, native = max(height, width), self.generator.config.native_size
+        sizes = []
+        for factor in (1.0,):
+            scale = min(1.0, factor * native / long_side)
+            sizes.append(self.generator.nearest_size(round(height * scale), round(width * scale)))
+        return sizes
+
+    def _perturb(self, photos: list[Photo], size: tuple[int, int]) -> list[np.ndarray]:
+        """The generator's output for photos seen at `size`: (h,w,3) uint8 each, 128 standing for 0."""
+        device, dtype = self._execution_device, self.generator.dtype
+        seen = np.stack([resize_pixels(photo.pixels, *size) for photo in photos])
+        images = torch.from_numpy(seen).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32) / 255
+        perturbation = self.generator(images.to(dtype)).float()
+        encoded = perturbation.mul_(127).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+        return list(encoded.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+    @classmethod
+    def from_bundled(cls, **kwargs) -> "GAPDiffProtectionPipeline":
+        """Load the checkpoint that ships with the package. `kwargs` go to `from_pretrained`."""
+        folder = Path(__file__).parents[1] / "checkpoints" / "gap-diff"
+        if not folder.is_dir():
+            raise OSError(f"expected a checkpoint in {folder}; it ships with the package: install gap_diff_diffusers")
+        return cls.from_pretrained(str(folder), **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in `ConfigMixin`, but a `_class_name` of [file, class] counts as the class.
+
+        Published folders have the pair, for people without the package; on this class it must not ask for the file.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "GAPDiffProtectionPipeline":
+        """Load from a folder or a Hub repository. No code of the repository is downloaded or run.
+
+        Takes what `DiffusionPipeline.from_pretrained` takes. It is overridden because diffusers refuses, from the Hub,
+        a component whose class lives in another package, even an installed one.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = name
+        if not os.path.isdir(name):
+            hub_arguments = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+            folder = snapshot_download(
+                name,
+                allow_patterns=["model_index.json", "*/*.json", "*/*.safetensors"],
+                **{key: kwargs.pop(key) for key in hub_arguments if key in kwargs},
+            )
+        if "generator" not in kwargs:
+            model_arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage")
+            kwargs["generator"] = _generator_class().from_pretrained(
+                folder, subfolder="generator", **{key: kwargs[key] for key in model_arguments if key in kwargs}
+            )
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, include_remote_code: bool = True, push_to_hub: bool = False, **kwargs
+    ):
+        """Save as a folder that loads with this class, and through `DiffusionPipeline` without the package.
+
+        Args:
+            save_directory: the folder, made if need be.
+            include_remote_code: also write the two source files that `DiffusionPipeline.from_pretrained(...,
+                trust_remote_code=True)` runs where the package is not installed.
+            push_to_hub: upload it afterwards. `repo_id`, `private`, `token`, `commit_message` and `create_pr` say how.
+            kwargs: for `DiffusionPipeline.save_pretrained`, such as `variant`.
+        """
+        upload = {
+            key: kwargs.pop(key)
+            for key in ("repo_id", "private", "token", "commit_message", "create_pr")
+            if key in kwargs
+        }
+        super().save_pretrained(str(save_directory), **kwargs)
+        folder = Path(save_directory)
+        index_path = folder / "model_index.json"
+        index = json.loads(index_path.read_text())
+        module, generator_class = "gap_diff_diffusers.models.gap_diff_generator", type(self.generator).__name__
+        index["generator"] = [module, generator_class]
+        index.pop("_name_or_path", None)
+        if include_remote_code:
+            index["_class_name"] = [REMOTE_MODULE, type(self).__name__]
+            (folder / f"{REMOTE_MODULE}.py").write_text(self_contained_source())
+            shutil.copyfile(inspect.getsourcefile(type(self.generator)), folder / "generator" / f"{module}.py")
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            from huggingface_hub import create_repo, upload_folder
+
+            repo_id = upload.pop("repo_id", folder.name)
+            private, token = upload.pop("private", None), upload.get("token")
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+            upload_folder(repo_id=repo_id, folder_path=folder, **upload)
+
+
+def _generator_class() -> type:
+    """The generator's class: the package's, or, in a copy of this file that runs without it, the repository's."""
+    if "gap_diff_diffusers" in __name__ and not __name__.startswith("diffusers_modules"):
+        from gap_diff_diffusers.models.gap_diff_generator import GAPDiffGenerator
+
+        return GAPDiffGenerator
+    raise OSError("install gap_diff_diffusers, or load through DiffusionPipeline.from_pretrained")
+
+
+def self_contained_source() -> str:
+    """This file's source, with the modules of the package that it imports written in place of their imports."""
+    source = Path(__file__).read_text()
+    package = Path(__file__).parents[1]
+
+    def inline(match: re.Match) -> str:
+        text = (package / f"{match.group(1)}.py").read_text()
+        return f"# --- gap_diff_diffusers/{match.group(1)}.py\n" + text.split('"""', 2)[2].strip() + "\n\n"
+
+    return re.sub(r"^from \.\.(\w+) import .*\n", inline, source, flags=re.MULTILINE)
+
+
+def _read_all(photos: PhotoInput | list[PhotoInput]) -> list[Photo]:
+    if isinstance(photos, (np.ndarray, torch.Tensor)) and photos.ndim == 4:
+        photos = list(photos)
+    if not isinstance(photos, (list, tuple)):
+        return [_read(photos)]
+    if not photos:
+        raise ValueError("expected at least one photo, got an empty list")
+    originals = []
+    for index, photo in enumerate(photos):
+        try:
+            originals.append(_read(photo))
+        except PhotoError as error:
+            raise PhotoError(f"photo {index} of {len(photos)}: {error}") from error
+    return originals
+
+
+def _read(photo: PhotoInput) -> Photo:
+    if isinstance(photo, Photo):
+        return photo
+    if isinstance(photo, (str, os.PathLike, Image.Image)):
+        return read_photo(photo)
+    if isinstance(photo, torch.Tensor):
+        if photo.ndim != 3 or photo.shape[0] != 3:
+            raise PhotoError(f"expected a tensor of shape (3,H,W) or (N,3,H,W), got {tuple(photo.shape)}")
+        photo = photo.detach().permute(1, 2, 0).cpu()
+        photo = (photo.float() if photo.is_floating_point() else photo).numpy()
+    if not isinstance(photo, np.ndarray):
+        raise PhotoError(f"expected a path, PIL image, numpy array or tensor, got {type(photo).__name__}")
+    if photo.ndim == 2:
+        photo = np.repeat(photo[:, :, None], 3, axis=2)
+    if photo.ndim != 3 or photo.shape[2] != 3:
+        raise PhotoError(f"expected an array of shape (H,W), (H,W,3) or (N,H,W,3), got {photo.shape}")
+    if min(photo.shape[:2]) < MINIMUM_SIDE:
+        raise PhotoError(f"expected at least {MINIMUM_SIDE}x{MINIMUM_SIDE} pixels, got {photo.shape[1]}x{photo.shape[0]}")
+    if photo.dtype != np.uint8:
+        if not np.issubdtype(photo.dtype, np.floating):
+            raise PhotoError(f"expected uint8 or floats in [0,1], got {photo.dtype}")
+        low, high = float(photo.min()), float(photo.max())
+        if not (0 <= low and high <= 1):  # written so that NaN fails too
+            raise PhotoError(f"expected floats in [0,1], got {low:g} to {high:g}; rescale them")
+        photo = np.rint(photo * 255).astype(np.uint8)
+    return Photo(pixels=np.ascontiguousarray(photo))
+
+
+def _batches_of_one_size(photos: list[Photo], batch_size: int) -> list[list[int]]:
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, photo in enumerate(photos):
+        by_size.setdefault(photo.pixels.shape, []).append(index)
+    return [group[i : i + batch_size] for group in by_size.values() for i in range(0, len(group), batch_size)]
+
+
+def _convert_images(photos: list[Photo], output_type: str):
+    if output_type == "pil":
+        return [photo.to_pil() for photo in photos]
+    return _stack([photo.pixels.astype(np.float32) / 255 for photo in photos], output_type)
+
+
+def _convert_perturbations(pairs: list[tuple[np.ndarray, np.ndarray]], output_type: str):
+    if output_type == "pil":
+        return [np.subtract(protected, original, dtype=np.int16) for protected, original in pairs]
+    return _stack([(p.astype(np.float32) - o) / 255 for p, o in pairs], output_type)
+
+
+def _stack(arrays: list[np.ndarray], output_type: str):
+    one_size = len({array.shape for array in arrays}) == 1
+    if output_type == "np":
+        return np.stack(arrays) if one_size else arrays
+    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+    return torch.stack(tensors) if one_size else tensors

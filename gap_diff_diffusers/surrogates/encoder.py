@@ -1,0 +1,126 @@
+"""The image encoder of a text-to-image model on its own: what a perturbation has to move.
+
+An `AutoencoderKL` or `AutoencoderTiny` of diffusers, or the encoder half of one of madebyollin's tiny autoencoders
+(https://github.com/madebyollin/taesd, MIT) as a bare safetensors file.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+
+class _Block(nn.Module):
+    """conv-ReLU-conv-ReLU-conv plus the input, then ReLU; `pool` (a 1x1 bottleneck) is added to the input first."""
+
+    def __init__(self, channels: int, pool_channels: int | None):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.pool = None
+        if pool_channels is not None:
+            self.pool = nn.Sequential(
+                nn.Conv2d(channels, pool_channels, 1, bias=False),
+                nn.GroupNorm(4, pool_channels),
+                nn.ReLU(),
+                nn.Conv2d(pool_channels, channels, 1, bias=False),
+            )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.pool is not None:
+            hidden_states = hidden_states + self.pool(hidden_states)
+        return torch.relu(self.conv(hidden_states) + hidden_states)
+
+
+def build_tiny_encoder(state_dict: dict[str, torch.Tensor]) -> nn.Sequential:
+    """Rebuild a tiny encoder from its keys (`<index>.weight`, `<index>.conv.<k>.weight`, `<index>.pool.<k>.weight`).
+
+    A convolution halves the resolution if it has no bias, or if it is one of the two that open a network whose first
+    block only comes at a quarter of the resolution (Sana's); indices without a key are ReLUs.
+    """
+    indices = {int(key.split(".")[0]) for key in state_dict}
+    blocks = {int(m.group(1)) for key in state_dict if (m := re.match(r"(\d+)\.conv\.", key))}
+    if not blocks:
+        raise ValueError("expected the state dict of a tiny encoder (keys such as '1.conv.0.weight'), found none")
+    strided_stem = min(blocks) > 1
+    layers: list[nn.Module] = []
+    for index in range(max(indices) + 1):
+        if index in blocks:
+            channels = state_dict[f"{index}.conv.0.weight"].shape[1]
+            pool = state_dict.get(f"{index}.pool.0.weight")
+            layers.append(_Block(channels, None if pool is None else pool.shape[0]))
+        elif index in indices:
+            out_channels, in_channels = state_dict[f"{index}.weight"].shape[:2]
+            bias = f"{index}.bias" in state_dict
+            stride = 2 if not bias or (strided_stem and index < min(blocks)) else 1
+            layers.append(nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias))
+        else:
+            layers.append(nn.ReLU())
+    encoder = nn.Sequential(*layers)
+    encoder.load_state_dict({key: value.float() for key, value in state_dict.items()}, strict=True)
+    return encoder
+
+
+class EncoderSurrogate(nn.Module):
+    """A frozen image encoder: `encode_images` with gradients to the pixels, never to the weights.
+
+    Args:
+        encoder: `AutoencoderKL`, `AutoencoderTiny` or a bare tiny encoder.
+        name: what to call it in records and tables.
+    """
+
+    def __init__(self, encoder: nn.Module, name: str):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.name = name
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, subfolder: str | None = None, **kwargs) -> "EncoderSurrogate":
+        """Load from a tiny encoder's `.safetensors` file, a folder, or a Hub id (`subfolder="vae"` for a pipeline's).
+
+        `kwargs` (such as `revision` and `token`) go to `from_pretrained` of diffusers.
+        """
+        if Path(model).is_file():
+            return cls(build_tiny_encoder(safetensors.torch.load_file(model)), Path(model).stem)
+        from diffusers import AutoencoderKL, AutoencoderTiny
+
+        config, _ = AutoencoderKL.load_config(str(model), subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderTiny)}
+        if config["_class_name"] not in classes:
+            raise ValueError(
+                f"{model}: expected {' or '.join(classes)}, got {json.dumps(config['_class_name'])}; "
+                "give the folder of an image autoencoder (subfolder='vae' of a Stable Diffusion pipeline)"
+            )
+        autoencoder = classes[config["_class_name"]].from_pretrained(str(model), subfolder=subfolder, **kwargs)
+        return cls(autoencoder, Path(model).name)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(N,3,H,W) in [0,1] -> latents (N,C,h,w), the posterior's mean where there is one, unscaled."""
+        if isinstance(self.encoder, nn.Sequential):
+            return self.encoder(images)
+        images = images * 2 - 1
+        encoded = self.encoder.encode(images)
+        return encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+
+
+def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """How far latents moved, in units of the clean latents' variance.
+
+    ||E(y) - E(x)||^2 / (var(E(x)) * size), the variance over all entries of one image's latents.
+
+    Args:
+        clean, moved: latents (N,C,h,w) of the clean and of the protected photos.
+
+    Returns:
+        (N,), 0 for no displacement; about 2 for the latents of an unrelated picture.
+    """
+    clean, moved = clean.float().flatten(1), moved.float().flatten(1)
+    return (moved - clean).square().mean(1) / clean.var(1, correction=0)
