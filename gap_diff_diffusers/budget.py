@@ -1,12 +1,12 @@
 """The budget: how far a protected photo may differ from the original, in any subpixel.
 
-eps is a float on the [0,1] scale, written `8/255`; people give levels, 0..255. Upstream's "16/255" on [-1,1] is 8 levels.
+eps is a float on the [0,1] scale, written `8/255`; people give levels, 0..255. Upstream's "16/255" on [-1,1] is 8
+levels.
 """
 
 import math
 
 import numpy as np
-import torch
 
 
 def budget_levels(eps: float) -> int:
@@ -38,6 +38,8 @@ def add_perturbation(
     Returns:
         (H,W,3) uint8.
     """
+    import torch  # here: what else is in this file answers without waiting for it
+
     protected = np.empty_like(pixels)
     rows = max(1, 2**20 // pixels.shape[1])  # a megapixel at a time keeps the float copies small
     for start in range(0, len(pixels), rows):

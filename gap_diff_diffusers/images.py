@@ -1,26 +1,51 @@
 """The image contract: what a photo is, from the file it comes from to the file it goes to.
 
-Inside, a photo is 8-bit RGB pixels with its alpha, color profile and EXIF beside them; networks see float32 NCHW in [0,1].
+Inside, a photo is 8-bit RGB pixels with its alpha, color profile and EXIF beside them; networks see float32 NCHW in
+[0,1].
+torch is imported where it computes: whether a file is a photo at all can be said without waiting for it.
 """
 
 import io
 import math
 import os
+import re
+import struct
 import tempfile
+import threading
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MINIMUM_SIDE = 16
+JPEG_QUALITY = 95
 PHOTO_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 )
+
+MAXIMUM_SIDE = {"jpeg": 65500, "webp": 16383}  # what the formats hold
+# What Pillow's decoders raise for damaged data, besides UnidentifiedImageError.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+# Tags that describe how a TIFF stores its pixels; Pillow lists them among its EXIF.
+_STORAGE_TAGS = frozenset(
+    (*range(254, 260), 262, 266, 273, *range(277, 280), 284, 317, *range(320, 326), 330, 338, 339)
+)
+_STORAGE_TAGS |= {347, 529, 530, 531, 532, 700, 33723, 34377, 34675}
+_warning_filters = threading.Lock()  # they are the process's, and photos are read in threads
 
 
 class PhotoError(ValueError):
@@ -59,8 +84,8 @@ class Photo:
 def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
     """Read a photo from a file or take it from PIL.
 
-    Turns it upright (EXIF), keeps alpha, color profile and gray; palettes become RGB(A), CMYK becomes sRGB, 16-bit gray
-    becomes 8-bit. Files whose first of several pictures is the photo (MPO, as phones write) count as one picture.
+    Turns it upright (EXIF), keeps alpha, color profile and gray; palettes become RGB(A), CMYK becomes sRGB, 16 bits
+    become 8. Files whose first of several pictures is the photo (MPO, as phones write) count as one picture.
 
     Raises:
         PhotoError: missing, empty, truncated, not an image, animated, too many or too few pixels, an unknown mode.
@@ -75,11 +100,12 @@ def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
             raise PhotoError(f"{path}: the file is empty (0 bytes)")
         if path.suffix.lower() in (".heic", ".heif"):
             _register_heif(path)
-        with warnings.catch_warnings():
+        with _warning_filters, warnings.catch_warnings():
             # Up to Pillow's limit a big photo is welcome; past twice of it Pillow raises DecompressionBombError.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _from_pil(image)
+            image = Image.open(path)
+        with image:
+            return _from_pil(image)
     except PhotoError as error:
         raise error if str(error).startswith(str(path)) else PhotoError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -91,7 +117,9 @@ def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
         raise PhotoError(
             f"{path}: more than {limit} megapixels, which may be a decompression bomb; make it smaller first"
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged data
+    except PermissionError as error:
+        raise PhotoError(f"{path}: may not be read; check its permissions") from error
+    except _DECODING_ERRORS as error:
         raise PhotoError(f"{path}: cannot be read, is it truncated or damaged? ({error})") from error
 
 
@@ -113,32 +141,55 @@ def _from_pil(image: Image.Image) -> Photo:
             "there is nothing to protect in a picture this small"
         )
     notes = []
-    raw_mode = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+    # A tile's arguments begin with the layout of the file's pixels: RGB;16B; BGR;16 is 16 bits per pixel.
+    sixteen_bits = re.match(r"\W*\w+;16[BLN]", str(image.tile[0].args)) if getattr(image, "tile", None) else False
     icc_profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)  # decodes; a copy even where there is nothing to turn
-    exif = image.getexif().tobytes() or None
+    image.load()
+    image, exif, damaged = _upright(image)
+    if damaged:
+        notes.append("its EXIF is damaged and was ignored")
+    transparent = image.info.get("transparency")
+    alpha = None
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise PhotoError("expected values of at most 16 bits, got a 32-bit image; convert it to 8 bits first")
+        if isinstance(transparent, int):
+            alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-        notes.append("16 bits per channel became 8")
-    elif "16" in raw_mode:
-        notes.append("16 bits per channel became 8")
+        sixteen_bits = True
     elif image.mode == "CMYK":
         image, icc_profile = _cmyk_to_srgb(image, icc_profile), None
         notes.append("CMYK became sRGB")
-    elif image.mode == "P" or (image.mode in ("RGB", "L") and "transparency" in image.info):
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    elif image.mode not in ("RGB", "RGBA", "L", "LA", "1", "YCbCr", "La", "RGBa"):
-        raise PhotoError(f"expected an RGB, gray, palette or CMYK image, got mode {image.mode!r}; convert it to RGB")
-    gray = image.mode in ("1", "L", "LA", "La")
-    alpha = np.asarray(image.getchannel("A")) if image.mode in ("RGBA", "LA") else None
-    if image.mode in ("La", "RGBa"):
+    elif image.mode in ("1", "L", "RGB", "P") and transparent is not None:
+        image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    elif image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-        alpha = np.asarray(image.getchannel("A"))
-    pixels = np.array(image.convert("RGB"))
+    elif image.mode not in ("RGB", "RGBA", "RGBX", "L", "LA", "1", "P", "PA", "YCbCr"):
+        raise PhotoError(f"expected an RGB, gray, palette or CMYK image, got mode {image.mode!r}; convert it to RGB")
+    if sixteen_bits:
+        notes.append("16 bits per channel became 8")
+    if image.mode == "PA":
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "LA"):
+        alpha = np.array(image.getchannel("A"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    gray = image.mode in ("1", "L", "LA")
     return Photo(pixels=pixels, alpha=alpha, gray=gray, icc_profile=icc_profile, exif=exif, notes=tuple(notes))
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, bytes | None, bool]:
+    """The loaded image turned as its EXIF says, its EXIF without that, and whether its EXIF was damaged."""
+    try:
+        exif = image.getexif()
+        if exif.get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+            exif = image.getexif()
+        for tag in _STORAGE_TAGS & exif.keys():
+            del exif[tag]
+        return image, (exif.tobytes() if len(exif) else None), False
+    except _DECODING_ERRORS:
+        return image, None, True
 
 
 def _cmyk_to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
@@ -157,25 +208,35 @@ def encode_photo(
     """Encode a photo as the bytes of a file.
 
     Args:
-        format: `"png"`; `"jpeg"` (4:4:4, quality 95 unless given); `"webp"` (lossless unless a quality is given).
+        format: `"png"`; `"jpeg"` (4:4:4, `JPEG_QUALITY` unless a quality is given); `"webp"` (lossless unless a quality is given).
         quality: 1..100, for JPEG and WebP.
         keep_metadata: write the photo's EXIF too. Its color profile is always kept.
     """
     if format == "jpeg" and photo.alpha is not None:
         raise PhotoError("JPEG has no transparency; save it as PNG or WebP")
+    limit = MAXIMUM_SIDE.get(format)
+    if limit and max(photo.pixels.shape) > limit:
+        height, width = photo.pixels.shape[:2]
+        raise PhotoError(f"{format.upper()} holds at most {limit} px a side, got {width}x{height}; save it as PNG")
     options: dict = {"exif": photo.exif} if keep_metadata and photo.exif else {}
     if photo.icc_profile:
         options["icc_profile"] = photo.icc_profile
     if format == "jpeg":
-        options |= {"quality": quality or 95, "subsampling": 0}
+        options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0}
     elif format == "webp":
-        options |= {"lossless": True, "exact": True, "method": 2} if quality is None else {"quality": quality}
-    else:
+        options |= {"exact": True}  # the color of transparent pixels too
+        options |= {"lossless": True, "method": 2} if quality is None else {"quality": quality}
+    elif format == "png":
         options["compress_level"] = 4  # a protected photo is noisy: the default of 6 is twice as slow and 1 % smaller
+    else:
+        raise ValueError(f"expected format 'png', 'jpeg' or 'webp', got {format!r}")
     buffer = io.BytesIO()
     image = photo.to_pil()
     image.info.clear()  # what goes into the file is said above
-    image.save(buffer, format.upper(), **options)
+    try:
+        image.save(buffer, format.upper(), **options)
+    except (OSError, ValueError) as error:
+        raise PhotoError(f"cannot be saved as {format.upper()} ({error})") from error
     return buffer.getvalue()
 
 
@@ -185,7 +246,7 @@ def write_atomically(path: str | os.PathLike, data: bytes, check: Callable[[Path
     `check` gets the temporary file before the rename; if it raises, nothing is left.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -208,6 +269,9 @@ def resize_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize (H,W,3) uint8 with an antialiased bicubic filter."""
     if pixels.shape[:2] == (height, width):
         return pixels
+    import torch
+    import torch.nn.functional as F
+
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
     return images[0].permute(1, 2, 0).contiguous().numpy()
@@ -215,6 +279,8 @@ def resize_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def psnr(pixels: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two (H,W,3) uint8 images; infinite where they are equal."""
+    import torch
+
     rows = max(1, 2**20 // pixels.shape[1])
     total = 0.0
     for start in range(0, len(pixels), rows):
@@ -228,8 +294,12 @@ def ssim(pixels: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity of two (H,W,3) uint8 images: the mean over the luma, 11x11 Gaussian window of sigma 1.5.
 
     Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004. As its authors advise
-    for what a person sees at once, photos are first averaged down by a whole factor, here to a short side of 512 to 1023 px.
+    for what a person sees at once, photos are first averaged down by a whole factor, here to a short side of 512 to
+    1023 px.
     """
+    import torch
+    import torch.nn.functional as F
+
     luma = torch.tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)
     factor = max(1, min(pixels.shape[:2]) // 512)
     size = (pixels.shape[0] // factor, pixels.shape[1] // factor)
@@ -240,7 +310,7 @@ def ssim(pixels: np.ndarray, reference: np.ndarray) -> float:
     window = torch.exp(-((torch.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window = (window / window.sum()).view(1, 1, 1, 11)
 
-    def blur(z: torch.Tensor) -> torch.Tensor:
+    def blur(z):
         return F.conv2d(F.conv2d(z, window), window.transpose(2, 3))
 
     mean_x, mean_y = blur(x), blur(y)

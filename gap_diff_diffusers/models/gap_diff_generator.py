@@ -83,19 +83,33 @@ class PaperUNet(nn.Module):
         return self.norms[str(hidden_states.shape[1])](hidden_states)
 
 
+class ChannelNorm(nn.Module):
+    """Root-mean-square norm over the channels of each pixel: nothing depends on the photo's size or on the batch."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        mean_square = hidden_states.float().square().mean(dim=1, keepdim=True)
+        return hidden_states * torch.rsqrt(mean_square + self.eps).to(hidden_states.dtype) * self.weight
+
+
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions plus the input. No norm: nothing depends on the size of the photo or on the batch."""
+    """Norm, 3x3 convolution, SiLU, 3x3 convolution, plus the input."""
 
     def __init__(self, channels: int):
         super().__init__()
+        self.norm = ChannelNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.bias)
-        with torch.no_grad():
+        with torch.no_grad():  # starts close to the identity
             self.conv2.weight.mul_(0.1)
+            self.conv2.bias.zero_()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.conv2(F.silu(self.conv1(F.silu(hidden_states))))
+        return hidden_states + self.conv2(F.silu(self.conv1(self.norm(hidden_states))))
 
 
 def pad_by_mirroring(images: torch.Tensor, margin: int, multiple: int) -> torch.Tensor:
@@ -138,6 +152,7 @@ class CompactUNet(nn.Module):
             nn.Sequential(*(ResidualBlock(c) for _ in range(n)))
             for c, n in zip(channels[-2::-1], layers_per_block[-2::-1])
         )
+        self.norm_out = ChannelNorm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], patch_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -156,7 +171,7 @@ class CompactUNet(nn.Module):
         hidden_states = self.mid_block(hidden_states + summary[:, :, None, None])
         for upsampler, block in zip(self.upsamplers, self.up_blocks):
             hidden_states = block(upsampler(hidden_states) + skips.pop())
-        perturbation = torch.tanh(F.pixel_shuffle(self.conv_out(F.silu(hidden_states)), self.patch_size))
+        perturbation = torch.tanh(F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.patch_size))
         # With antialias, which changes nothing going up, torch takes its fast separable path; float32 alone has it.
         perturbation = F.interpolate(
             perturbation.float().contiguous(), scale_factor=self.downscale, mode="bicubic", antialias=True

@@ -5,6 +5,7 @@ written into it (`self_contained_source`). So it imports nothing but those, torc
 and PIL, and it names the former in one-line imports.
 """
 
+import importlib
 import inspect
 import json
 import os
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import get_device
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
 from ..budget import add_perturbation, budget_levels, largest_change
@@ -25,6 +28,7 @@ from ..images import MINIMUM_SIDE, Photo, PhotoError, psnr, read_photo, resize_p
 
 PhotoInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Photo
 
+GENERATOR_MODULE = "gap_diff_diffusers.models.gap_diff_generator"  # part of the published format
 REMOTE_MODULE = "pipeline_gap_diff_protection"  # unique: the modules of all repositories share one cache folder
 
 
@@ -106,12 +110,12 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(originals)) as progress_bar:
             for indices in _batches_of_one_size(originals, batch_size):
                 batch = self.protect_batch([originals[i] for i in indices], noise_budget, strength)
-                for index, photo in zip(indices, batch):
+                for index, photo in zip(indices, batch, strict=True):
                     protected[index] = photo
                 progress_bar.update(len(indices))
         self.maybe_free_model_hooks()
 
-        pairs = [(p.pixels, o.pixels) for p, o in zip(protected, originals)]
+        pairs = [(p.pixels, o.pixels) for p, o in zip(protected, originals, strict=True)]
         output = GAPDiffProtectionPipelineOutput(
             images=_convert_images(protected, output_type),
             perturbation=_convert_perturbations(pairs, output_type),
@@ -134,14 +138,14 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         height, width = photos[0].pixels.shape[:2]
         perturbations: list[list[np.ndarray]] = [[] for _ in photos]
         for size in self.perturbation_sizes(height, width):
-            for layers, computed in zip(perturbations, self._perturb(photos, size)):
+            for layers, computed in zip(perturbations, self._perturb(photos, size), strict=True):
                 layers.append(resize_pixels(computed, height, width))
         return [
             with_pixels(
                 photo,
                 add_perturbation(photo.pixels, layers, amplitude=levels * strength, levels=levels, gray=photo.gray),
             )
-            for photo, layers in zip(photos, perturbations)
+            for photo, layers in zip(photos, perturbations, strict=True)
         ]
 
     def perturbation_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -183,28 +187,42 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         return loaded
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "GAPDiffProtectionPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "GAPDiffProtectionPipeline":
         """Load from a folder or a Hub repository. No code of the repository is downloaded or run.
 
         Takes what `DiffusionPipeline.from_pretrained` takes. It is overridden because diffusers refuses, from the Hub,
         a component whose class lives in another package, even an installed one.
         """
-        name = str(pretrained_model_name_or_path)
+        name = pretrained_model_name_or_path
+        if isinstance(name, os.PathLike):
+            name = os.path.abspath(name)  # which is never the name of a repository
+        hub_arguments = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        model_arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage")
+        hub_arguments = {key: kwargs.pop(key) for key in hub_arguments if key in kwargs}
+        model_arguments = {key: kwargs.pop(key) for key in model_arguments if key in kwargs}
+        device_map = kwargs.pop("device_map", None)
         folder = name
         if not os.path.isdir(name):
-            hub_arguments = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-            folder = snapshot_download(
-                name,
-                allow_patterns=["model_index.json", "*/*.json", "*/*.safetensors"],
-                **{key: kwargs.pop(key) for key in hub_arguments if key in kwargs},
-            )
+            wanted = ["model_index.json"]
+            if "generator" not in kwargs:
+                weights = ".".join(filter(None, ("*/diffusion_pytorch_model", model_arguments.get("variant"))))
+                wanted += ["*/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
+            try:
+                folder = snapshot_download(name, allow_patterns=wanted, **hub_arguments)
+            except HFValidationError as error:
+                raise OSError(
+                    f"expected a folder, or a Hub repository such as 'org/name', got {name!r}: no such folder"
+                ) from error
+        if not os.path.isfile(os.path.join(folder, cls.config_name)):
+            raise OSError(f"expected a saved pipeline in {name}: it has no {cls.config_name}")
         if "generator" not in kwargs:
-            model_arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage")
-            kwargs["generator"] = _generator_class().from_pretrained(
-                folder, subfolder="generator", **{key: kwargs[key] for key in model_arguments if key in kwargs}
-            )
+            kwargs["generator"] = _load_generator(folder, **model_arguments)
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
+        if device_map is not None:
+            pipeline.to(get_device() if device_map == "balanced" else device_map)
         return pipeline
 
     def save_pretrained(
@@ -225,17 +243,16 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             if key in kwargs
         }
         super().save_pretrained(str(save_directory), **kwargs)
-        folder = Path(save_directory)
-        index_path = folder / "model_index.json"
-        index = json.loads(index_path.read_text())
-        module, generator_class = "gap_diff_diffusers.models.gap_diff_generator", type(self.generator).__name__
-        index["generator"] = [module, generator_class]
-        index.pop("_name_or_path", None)
+        folder = Path(save_directory).resolve()
+        generator_class = type(getattr(self.generator, "_orig_mod", self.generator))  # without torch.compile's wrapper
+        index = {"generator": [GENERATOR_MODULE, generator_class.__name__]}
         if include_remote_code:
             index["_class_name"] = [REMOTE_MODULE, type(self).__name__]
-            (folder / f"{REMOTE_MODULE}.py").write_text(self_contained_source())
-            shutil.copyfile(inspect.getsourcefile(type(self.generator)), folder / "generator" / f"{module}.py")
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (folder / f"{REMOTE_MODULE}.py").write_text(self_contained_source(), encoding="utf-8")
+            source = inspect.getsourcefile(generator_class)
+            shutil.copyfile(source, folder / "generator" / f"{GENERATOR_MODULE}.py")
+        _amend_json(folder / "model_index.json", index)
+        _amend_json(folder / "generator" / "config.json", {})
         if push_to_hub:
             from huggingface_hub import create_repo, upload_folder
 
@@ -245,22 +262,43 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
 
-def _generator_class() -> type:
-    """The generator's class: the package's, or, in a copy of this file that runs without it, the repository's."""
-    if "gap_diff_diffusers" in __name__ and not __name__.startswith("diffusers_modules"):
-        from gap_diff_diffusers.models.gap_diff_generator import GAPDiffGenerator
+def _load_generator(folder: str, **kwargs) -> ModelMixin:
+    """Load the generator of a pipeline's folder with the package's class. Weights must be safetensors and fit it."""
+    if not __name__.startswith("gap_diff_diffusers."):  # in a copy of this file, which runs without the package
+        raise OSError("install gap_diff_diffusers, or load through DiffusionPipeline.from_pretrained")
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, dict):  # of all components
+        kwargs["dtype"] = dtype.get("generator", dtype.get("default", torch.float32))
+    # Not an import statement: diffusers would tell those who run a copy of this file to install what it names.
+    generator_class = importlib.import_module(GENERATOR_MODULE).GAPDiffGenerator
+    generator, info = generator_class.from_pretrained(
+        folder, subfolder="generator", output_loading_info=True, **{"use_safetensors": True, **kwargs}
+    )
+    # diffusers fills in what is missing with random numbers, which protect nothing.
+    wrong = [
+        f"{kind}: {', '.join(map(str, info[kind]))}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
+    ]
+    if wrong:
+        raise OSError(
+            f"the weights in {folder} do not fit their config.json ({'; '.join(wrong)}); download them again"
+        )
+    return generator
 
-        return GAPDiffGenerator
-    raise OSError("install gap_diff_diffusers, or load through DiffusionPipeline.from_pretrained")
+
+def _amend_json(path: Path, changes: dict) -> None:
+    """Change entries of a config, and drop where it was loaded from: that names folders of this machine."""
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def self_contained_source() -> str:
     """This file's source, with the modules of the package that it imports written in place of their imports."""
-    source = Path(__file__).read_text()
+    source = Path(__file__).read_text(encoding="utf-8")
     package = Path(__file__).parents[1]
 
     def inline(match: re.Match) -> str:
-        text = (package / f"{match.group(1)}.py").read_text()
+        text = (package / f"{match.group(1)}.py").read_text(encoding="utf-8")
         return f"# --- gap_diff_diffusers/{match.group(1)}.py\n" + text.split('"""', 2)[2].strip() + "\n\n"
 
     return re.sub(r"^from \.\.(\w+) import .*\n", inline, source, flags=re.MULTILINE)
@@ -299,13 +337,15 @@ def _read(photo: PhotoInput) -> Photo:
     if photo.ndim != 3 or photo.shape[2] != 3:
         raise PhotoError(f"expected an array of shape (H,W), (H,W,3) or (N,H,W,3), got {photo.shape}")
     if min(photo.shape[:2]) < MINIMUM_SIDE:
-        raise PhotoError(f"expected at least {MINIMUM_SIDE}x{MINIMUM_SIDE} pixels, got {photo.shape[1]}x{photo.shape[0]}")
+        raise PhotoError(
+            f"expected at least {MINIMUM_SIDE}x{MINIMUM_SIDE} pixels, got {photo.shape[1]}x{photo.shape[0]}"
+        )
     if photo.dtype != np.uint8:
         if not np.issubdtype(photo.dtype, np.floating):
             raise PhotoError(f"expected uint8 or floats in [0,1], got {photo.dtype}")
         low, high = float(photo.min()), float(photo.max())
-        if not (0 <= low and high <= 1):  # written so that NaN fails too
-            raise PhotoError(f"expected floats in [0,1], got {low:g} to {high:g}; rescale them")
+        if not (low >= 0 and high <= 1):  # written so that NaN fails too
+            raise PhotoError(f"expected floats in [0,1], got {low:.9g} to {high:.9g}; rescale or clip them")
         photo = np.rint(photo * 255).astype(np.uint8)
     return Photo(pixels=np.ascontiguousarray(photo))
 

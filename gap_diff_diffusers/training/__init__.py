@@ -1,1 +1,1 @@
-
+"""Training loops. `training_scripts/` parses arguments and calls them."""

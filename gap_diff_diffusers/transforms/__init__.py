@@ -53,7 +53,7 @@ TRANSFORMS = Registry(
 )
 
 PRESETS: dict[str, Any] = {
-    # GAP-Diff's training mixture, uniform over JpegMask(50), JpegMask(70), blur and identity (METHODS.md 3). Its two
+    # GAP-Diff's training mixture, uniform over JpegMask(50), JpegMask(70), blur and identity. Its two
     # masks are one and the same operation, hence the weight of 2.
     "paper": {
         "name": "random_choice",

@@ -19,8 +19,8 @@ class GaussianBlur(Transform):
         kernel_size: side of the kernel in pixels, odd; both sides of the image must exceed its half.
         pinned: sigma in evaluation mode; None is the midpoint.
 
-    Source: the training mixture of GAP-Diff, sigma 2 and 7x7 (METHODS.md 3). Upstream's evaluation declares a blur but
-    applies another: its 3x3 kernel blurs vertically only (METHODS.md 15), which is not reproduced here.
+    Source: the training mixture of GAP-Diff, sigma 2 and 7x7. Upstream's evaluation declares a blur but
+    applies another: its 3x3 kernel blurs vertically only, which is not reproduced here.
     """
 
     def __init__(self, sigma: float | Sequence[float] = 2.0, *, kernel_size: int = 7, pinned: float | None = None):
@@ -58,15 +58,15 @@ def _scaled(images: torch.Tensor, scale: float) -> tuple[int, int]:
 
 
 class Resize(Transform):
-    """Shrink with antialiased bicubic interpolation, keeping the aspect ratio; never enlarges.
+    """Resize with antialiased bicubic interpolation, keeping the aspect ratio.
 
     Args:
-        scale: new size over old size, above 0 up to 1, or a range of it.
+        scale: new size over old size, above 0, or a range of it; above 1 enlarges.
         long_side: instead of `scale`, the longest side in pixels or a range of it; smaller photos stay as they are.
         pinned: the value of whichever was given in evaluation mode; None is the midpoint.
 
-    With neither, `scale` is 0.5: GAP-Diff's evaluation takes 512 to 256 pixels (METHODS.md 15), there without
-    antialiasing and to a square.
+    With neither, `scale` is 0.5: GAP-Diff's evaluation takes 512 to 256 pixels, there without antialiasing and to a
+    square.
 
     Raises:
         ValueError: both `scale` and `long_side`, or a value out of range.
@@ -83,12 +83,12 @@ class Resize(Transform):
         if scale is not None and long_side is not None:
             raise ValueError(f"expected scale or long_side, got scale={scale!r} and long_side={long_side!r}; drop one")
         if long_side is not None:
-            self.name, self.strength = (
-                "long_side",
-                Strength("long_side", long_side, pinned=pinned, minimum=1, integer=True),
-            )
+            self.name = "long_side"
+            self.strength = Strength("long_side", long_side, pinned=pinned, minimum=1, integer=True)
         else:
-            self.name, self.strength = "scale", _scale(0.5 if scale is None else scale, pinned)
+            self.name = "scale"
+            scale = 0.5 if scale is None else scale
+            self.strength = Strength("scale", scale, pinned=pinned, minimum=0, above_minimum=True)
 
     def draw(self, *, generator: torch.Generator | None = None) -> Draw:
         return {self.name: self.strength.draw(self.training, generator)}
@@ -109,7 +109,7 @@ class ResizeDownUp(Transform):
         scale: the size in between over the size of the photo, above 0 up to 1, or a range of it.
         pinned: the scale in evaluation mode; None is the midpoint.
 
-    Source: GAP-Diff's evaluation resizes 512 to 256 pixels, and DreamBooth enlarges again (METHODS.md 15).
+    Source: GAP-Diff's evaluation resizes 512 to 256 pixels, and DreamBooth enlarges again.
     """
 
     def __init__(self, scale: float | Sequence[float] = 0.5, *, pinned: float | None = None):
@@ -137,7 +137,7 @@ class Quantize(Transform):
         levels: how many values remain, 2 to 256, or a range of it.
         pinned: the levels in evaluation mode; None is the midpoint.
 
-    Source: GAP-Diff's evaluation with 64 levels (METHODS.md 15). Upstream takes the floor of 64 times the value, which
+    Source: GAP-Diff's evaluation with 64 levels. Upstream takes the floor of 64 times the value, which
     leaves 65 values and darkens by 2 of 255 levels; here they are rounded.
     """
 
@@ -166,7 +166,7 @@ class RandomNoise(Transform):
     The draw holds a seed, not the noise: replayed on images of the same shape it adds the same noise, on any device.
     In evaluation mode the seed is pinned to 0.
 
-    Source: GAP-Diff's evaluation with 0.05, that is 12.75 of 255 levels (METHODS.md 15). Upstream truncates to 8 bits
+    Source: GAP-Diff's evaluation with 0.05, that is 12.75 of 255 levels. Upstream truncates to 8 bits
     afterwards; here saving rounds.
     """
 

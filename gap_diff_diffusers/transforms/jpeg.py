@@ -29,7 +29,7 @@ class JPEGMask(Transform):
     `chroma` of U and V. There is no quantization table, no rounding and no chroma subsampling. Images of any size: the
     right and bottom edge is replicated up to a multiple of 8 and cut off again.
 
-    Source: GAP-Diff (NDSS'25), METHODS.md section 3. Upstream stores a quality of 50 or 70 and never uses it, so there
+    Source: GAP-Diff (NDSS'25), section IV-B. Upstream stores a quality of 50 or 70 and never uses it, so there
     is none here; upstream's version fails on photos that are not square. Clipped pixels keep their gradient here.
     """
 
@@ -75,7 +75,7 @@ class DifferentiableJPEG(Transform):
         pinned: the quality in evaluation mode; None is the midpoint.
 
     Source: `kornia.enhance.jpeg_codec_differentiable` (Reich et al., "Differentiable JPEG: The Devil is in the
-    Details", 2024). The default range follows the qualities 50, 70 and 90 of GAP-Diff's evaluation (METHODS.md 15).
+    Details", 2024). The default range follows the qualities 50, 70 and 90 of GAP-Diff's evaluation.
     """
 
     def __init__(self, quality: float | Sequence[float] = (50, 90), *, pinned: float | None = None):
@@ -120,8 +120,7 @@ class RealJPEG(Transform):
         subsampling: one of `SUBSAMPLINGS`, or several: drawn in training, the first in evaluation.
         pinned: the quality in evaluation mode; None is the midpoint.
 
-    Source: the evaluation of GAP-Diff compresses with Pillow at quality 70 (50 and 90 suggested) and its default 4:2:0
-    (METHODS.md 15).
+    Source: the evaluation of GAP-Diff compresses with Pillow at quality 70 (50 and 90 suggested) and its default 4:2:0.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class RealWebP(Transform):
         quality: 1 to 100, whole, or a range of it. The scale is WebP's own: 75 is not JPEG's 75.
         pinned: the quality in evaluation mode; None is the midpoint.
 
-    Source: METHODS.md 15 asks for WebP beside JPEG. 80 is Pillow's default.
+    Sites serve WebP beside JPEG. 80 is Pillow's default.
     """
 
     def __init__(self, quality: int | Sequence[int] = 80, *, pinned: int | None = None):

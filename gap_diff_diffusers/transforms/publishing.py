@@ -36,7 +36,7 @@ class PublishingPreset:
 
 _PAPER = (
     "GAP-Diff (NDSS'25), evaluation code: Pillow at quality 70 by default, 50 and 90 suggested, Pillow's default "
-    "subsampling 4:2:0, no resizing (METHODS.md 15)."
+    "subsampling 4:2:0, no resizing."
 )
 
 PUBLISHING: dict[str, PublishingPreset] = {

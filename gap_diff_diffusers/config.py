@@ -1,0 +1,100 @@
+"""Configs as dataclasses, from flags and JSON; what every record that we write says about its making."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import typing
+from pathlib import Path
+
+from . import __version__
+
+LIBRARIES = ("torch", "diffusers", "numpy", "pillow")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add a flag per field of a config dataclass: lists take several values, other structures take JSON."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        options: dict = {"default": argparse.SUPPRESS}
+        optional = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        if type(None) in typing.get_args(hint):
+            hint = optional[0]
+        if typing.get_origin(hint) is tuple:
+            options |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+        else:
+            options["type"] = hint if hint in (str, int, float) else json.loads
+        parser.add_argument(f"--{field.name}", **options)
+
+
+def config_from_arguments(config_class: type, arguments: argparse.Namespace, path: str | os.PathLike | None = None):
+    """Build a config dataclass from a JSON file and from flags, which win.
+
+    Raises:
+        ValueError: an unknown key in the file (the known ones are named), or a field that neither gives.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    values = json.loads(Path(path).read_text()) if path else {}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
+    values |= {name: value for name, value in vars(arguments).items() if name in fields}
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"expected {', '.join('--' + name for name in missing)}, or the key in the config file")
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        if isinstance(value, list) and (hints[name] is tuple or typing.get_origin(hints[name]) is tuple):
+            values[name] = tuple(value)
+    return config_class(**values)
+
+
+def provenance() -> dict:
+    """Versions of this package, Python and the libraries that decide a result, the platform, and the git commit.
+
+    `commit` is there only if the package runs from its git checkout; a `+` after it stands for changes since.
+    """
+    record = {"gap_diff_diffusers": __version__, "python": platform.python_version()}
+    record |= {library: _version(library) for library in LIBRARIES}
+    record["platform"] = platform.platform()
+    commit = _git_commit()
+    return record | ({"commit": commit} if commit else {})
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)  # from its metadata: the library itself need not be imported
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def write_json(path: str | os.PathLike, data: object) -> None:
+    """Write `data` as indented JSON, through a temporary file and a rename.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have; write None.
+    """
+    from .images import write_atomically
+
+    write_atomically(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())

@@ -1,0 +1,709 @@
+"""`gap-diff protect`: photo files in, protected photo files out.
+
+`plan` says which file becomes which, before anything is read. `protect_files` does it: the network runs in the calling
+thread, while other threads read the next photos, and save and check the previous ones.
+"""
+
+import argparse
+import contextlib
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .budget import budget_levels, largest_change
+from .config import provenance, write_json
+from .images import (
+    JPEG_QUALITY,
+    PHOTO_SUFFIXES,
+    Photo,
+    PhotoError,
+    encode_photo,
+    psnr,
+    read_photo,
+    ssim,
+    write_atomically,
+)
+
+SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}  # of a format; the first is what we write
+PIXELS_IN_FLIGHT = 75_000_000  # three photos of 24 megapixels; one photo may have more
+LIMITS = (
+    "Protected photos are harder to learn a face from, not impossible: a determined attacker can weaken the protection, "
+    "and copies of the originals that are already public stay unprotected."
+)
+
+
+@dataclass(kw_only=True)
+class PhotoFile:
+    """One photo of a run: where from, where to, and what became of it; a line of the report.
+
+    Attributes:
+        input, output: paths, as the user's command spells them.
+        status: "waiting", then "protected", "skipped" (its output exists) or "failed"; one that is still "waiting" at
+            the end was not attempted.
+        budget: levels that were allowed.
+        largest_change: of any subpixel, in levels, the saved file against the original.
+        psnr, ssim: of the saved file against the original; psnr in dB, None if nothing changed or nothing was saved.
+        encoding_change, encoding_psnr: the saved file against the protected photo; None if it is lossless.
+        seconds: of reading, protecting and saving together.
+    """
+
+    input: str
+    output: str | None = None
+    status: str = "waiting"
+    width: int | None = None
+    height: int | None = None
+    budget: int | None = None
+    largest_change: int | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    encoding_change: int | None = None
+    encoding_psnr: float | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def fail(self, reason: str) -> None:
+        self.status = "failed"
+        self.error = reason if reason.startswith(self.input) else f"{self.input}: {reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a command line asks for: its files in order, and what its folders hold besides."""
+
+    files: list[PhotoFile]
+    ignored_files: int = 0
+    unsearched_folders: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How photos are protected and saved. `budget` in levels, None for the checkpoint's; `quality` None is lossless."""
+
+    budget: int | None = None
+    strength: float = 1.0
+    format: str = "png"
+    quality: int | None = None
+    keep_metadata: bool = False
+    batch_size: int = 1
+    measure_ssim: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="photos, and folders of photos")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="folder to write to; for one photo, also a file to write"
+    )
+    parser.add_argument("--recursive", action="store_true", help="search the subfolders of folders too, and keep them")
+    parser.add_argument(
+        "--budget",
+        type=_whole_number(1, 255),
+        metavar="LEVELS",
+        help="most that a subpixel may change, in levels of 255 (default: the checkpoint's; 8 in the one that ships)",
+    )
+    parser.add_argument(
+        "--strength", type=_strength, default=1.0, help="weaken it within the budget: above 0, up to 1 (default: 1)"
+    )
+    parser.add_argument(
+        "--format", choices=tuple(SUFFIXES), help="of the files written (default: png, or what OUT's suffix says)"
+    )
+    parser.add_argument(
+        "--quality",
+        type=_whole_number(1, 100),
+        help=f"of JPEG (default: {JPEG_QUALITY}) or WebP (default: lossless); both cost protection, and the summary "
+        "says how much",
+    )
+    parser.add_argument(
+        "--keep-metadata", action="store_true", help="keep EXIF, the place where it was taken included"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write photos again whose output exists")
+    parser.add_argument(
+        "--checkpoint", help="folder, or repository on the Hub, to load (default: the one that ships with the package)"
+    )
+    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--batch-size",
+        type=_whole_number(1, 1024),
+        default=1,
+        help="photos of one size that the network takes at once; more helps on a GPU (default: 1)",
+    )
+    parser.add_argument("--report", metavar="REPORT.json", help="also write what was done to each photo, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    format = _output_format(arguments)
+    _check_checkpoint(arguments.checkpoint)
+    work = plan(
+        arguments.paths,
+        arguments.output,
+        recursive=arguments.recursive,
+        format=format,
+        overwrite=arguments.overwrite,
+        report=arguments.report,
+    )
+    settings = Settings(
+        budget=arguments.budget,
+        strength=arguments.strength,
+        format=format,
+        quality=JPEG_QUALITY if format == "jpeg" and arguments.quality is None else arguments.quality,
+        keep_metadata=arguments.keep_metadata,
+        batch_size=arguments.batch_size,
+        measure_ssim=arguments.report is not None,
+    )
+    loaded = {}
+
+    def load():
+        loaded["pipeline"] = load_pipeline(arguments.checkpoint, arguments.device)
+        return loaded["pipeline"]
+
+    started, interrupted = time.perf_counter(), False
+    waiting = [file for file in work.files if file.status == "waiting"]
+    try:
+        if waiting:
+            from tqdm import tqdm
+
+            with tqdm(total=len(waiting), unit="photo", disable=not sys.stderr.isatty()) as progress_bar:
+                protect_files(waiting, load, settings, lambda _: progress_bar.update())
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds = time.perf_counter() - started
+
+    failures, summary = summarize(work, settings, arguments.output, seconds, interrupted=interrupted)
+    sys.stderr.write(failures)
+    sys.stdout.write(summary)
+    if arguments.report is not None:
+        device = str(loaded["pipeline"].device) if loaded else None
+        write_json(arguments.report, make_report(work, settings, arguments, device, seconds, interrupted=interrupted))
+    if interrupted:
+        return 130
+    return 0 if all(file.status in ("protected", "skipped") for file in work.files) else 1
+
+
+def load_pipeline(checkpoint: str | None = None, device: str | None = None):
+    """Load a checkpoint (default: the bundled one) onto a device (default: cuda if there is one, else cpu).
+
+    Raises:
+        ValueError: a device that is not there, or a checkpoint that cannot be loaded.
+    """
+    import torch
+    from diffusers.utils import logging
+
+    from .pipelines.pipeline_gap_diff import GAPDiffProtectionPipeline
+
+    logging.disable_progress_bar()  # a network of some megabytes is there at once
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device {device} cannot be used here ({_first_line(error)}); leave --device out to use what there is"
+        ) from error
+    try:
+        if checkpoint is None:
+            pipeline = GAPDiffProtectionPipeline.from_bundled()
+        else:
+            pipeline = GAPDiffProtectionPipeline.from_pretrained(checkpoint)
+    except Exception as error:  # noqa: BLE001  a damaged folder can make every layer below fail in its own way
+        raise ValueError(
+            f"the checkpoint {checkpoint or 'that ships with the package'} cannot be loaded ({_first_line(error)}); "
+            "expected a folder, or a repository on the Hub, that GAPDiffProtectionPipeline.save_pretrained wrote"
+        ) from error
+    return pipeline.to(device)
+
+
+# --- which file becomes which
+
+
+def plan(
+    paths: list[str],
+    output: str,
+    *,
+    recursive: bool = False,
+    format: str = "png",
+    overwrite: bool = False,
+    report: str | None = None,
+) -> Plan:
+    """Say which files a command line asks for, and where each goes. Reads folders, and no photo.
+
+    What is wrong with one path alone fails that path; what puts originals at risk fails the whole.
+
+    Raises:
+        ValueError: an output that is, or lies in, an input; that cannot be written; or a file for several photos.
+    """
+    found: list[tuple[PhotoFile, Path | None]] = []  # with the path within the output folder; None: nothing to protect
+    folders, ignored_files, unsearched_folders = [], 0, 0
+    for path in paths:
+        if os.path.isdir(path):
+            folders.append(path)
+            names, failures, ignored, unsearched = _photos_in(path, recursive)
+            ignored_files += ignored
+            unsearched_folders += unsearched
+            found += [(failure, None) for failure in failures]
+            found += [(PhotoFile(input=str(Path(path, name))), name) for name in names]
+            if not names and not failures:
+                remedy = f"; --recursive searches its {_count(unsearched, 'subfolder')}" if unsearched else ""
+                empty = PhotoFile(input=path)
+                empty.fail(f"no photo in this folder, expected files such as .jpg, .png or .webp{remedy}")
+                found.append((empty, None))
+        else:
+            file = PhotoFile(input=str(Path(path)))
+            if not os.path.lexists(path):
+                file.fail("there is no such file or folder")
+            elif not os.path.isfile(path):
+                file.fail("expected a photo or a folder of photos, got something else")
+            found.append((file, Path(Path(path).name) if file.status == "waiting" else None))
+    found = list({os.path.abspath(file.input): (file, name) for file, name in reversed(found)}.values())[::-1]
+
+    _check_output(output, paths, folders)
+    photos = [(file, name) for file, name in found if name is not None]
+    if _is_one_file(output):
+        targets = [Path(output)] * len(photos)
+    else:
+        targets = [Path(output, name) for name in _output_names([name for _, name in photos], SUFFIXES[format][0])]
+    originals = {_identity(file.input): file.input for file, _ in photos}
+    for (file, _), target in zip(photos, targets, strict=True):
+        file.output = str(target)
+        if os.path.lexists(target):
+            _check_is_not_original(target, originals)
+            if os.path.isdir(target):
+                file.fail(f"{target} is a folder, expected a file or nothing; move it away")
+            elif not overwrite:
+                file.status = "skipped"
+    if report is not None:
+        _check_report(report, originals, targets)
+    return Plan(files=[file for file, _ in found], ignored_files=ignored_files, unsearched_folders=unsearched_folders)
+
+
+def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], int, int]:
+    """The photos of a folder (paths within it), its unreadable folders, and how many files and folders are left out."""
+    names, failures, ignored, unsearched = [], [], 0, 0
+
+    def fail(error: OSError) -> None:
+        failures.append(PhotoFile(input=str(error.filename)))
+        failures[-1].fail(f"the folder cannot be read ({error.strerror}); check its permissions")
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = visible if recursive else []
+        unsearched += 0 if recursive else len(visible)
+        for name in sorted(files):
+            if name.startswith(".") or Path(name).suffix.lower() not in PHOTO_SUFFIXES:
+                ignored += 1
+            else:
+                names.append(Path(root, name).relative_to(folder))
+    return names, failures, ignored, unsearched
+
+
+def _output_names(names: list[Path], suffix: str) -> list[Path]:
+    """The name of each output: a.jpg -> a.png; a.jpg and a.webp -> a_jpg.png and a_webp.png.
+
+    Names that differ by case alone count as one, for the file systems on which they are.
+    """
+
+    def renamed(name: Path, addition: str = "") -> Path:
+        stem = name.stem if name.suffix.lower() in PHOTO_SUFFIXES else name.name
+        return name.with_name(stem + addition + suffix)
+
+    def key(name: Path) -> str:
+        return str(name).casefold()
+
+    counts = Counter(key(renamed(name)) for name in names)
+    taken = {name for name, count in counts.items() if count == 1}
+    outputs = []
+    for name in names:
+        output = renamed(name)
+        if counts[key(output)] > 1:
+            addition = f"_{name.suffix[1:].lower()}" if name.suffix else ""
+            output, number = renamed(name, addition), 2
+            while key(output) in taken:
+                output, number = renamed(name, f"{addition}_{number}"), number + 1
+            taken.add(key(output))
+        outputs.append(output)
+    return outputs
+
+
+def _format_of_suffix(path: str) -> str | None:
+    return next((format for format, suffixes in SUFFIXES.items() if Path(path).suffix.lower() in suffixes), None)
+
+
+def _is_one_file(output: str) -> bool:
+    return Path(output).suffix.lower() in PHOTO_SUFFIXES and not os.path.isdir(output)
+
+
+def _output_format(arguments: argparse.Namespace) -> str:
+    format = arguments.format
+    if _is_one_file(arguments.output):
+        suffix, by_suffix = Path(arguments.output).suffix, _format_of_suffix(arguments.output)
+        if by_suffix is None:
+            writable = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+            raise ValueError(f"-o {arguments.output}: expected a folder or a file that ends in {writable}")
+        if format not in (None, by_suffix):
+            raise ValueError(
+                f"-o {arguments.output} with --format {format}: the suffix {suffix} says {by_suffix}; leave one out"
+            )
+        format = by_suffix
+    format = format or "png"
+    if format == "png" and arguments.quality is not None:
+        raise ValueError("--quality is for --format jpeg or webp; PNG is lossless, leave --quality out")
+    return format
+
+
+def _check_output(output: str, paths: list[str], folders: list[str]) -> None:
+    resolved = Path(output).resolve()
+    for folder in folders:
+        if resolved.is_relative_to(Path(folder).resolve()):
+            where = "is" if resolved == Path(folder).resolve() else "lies in"
+            raise ValueError(f"the output {output} {where} the input folder {folder}; choose a folder outside of it")
+    if _is_one_file(output):
+        if folders or len(paths) > 1:
+            raise ValueError(f"-o {output} is one file, and there may be several photos; give a folder")
+    elif os.path.lexists(output) and not os.path.isdir(output):
+        raise ValueError(f"-o {output} is a file; expected a folder, or a file that ends in .png, .jpg or .webp")
+    existing = resolved.parent if _is_one_file(output) else resolved
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"-o {output} cannot be made: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"-o {output} cannot be written: {existing} is read-only; choose another folder")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino  # the same for a link, and for another spelling of the name
+
+
+def _check_is_not_original(target: Path, originals: dict[tuple[int, int], str]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a link to nothing
+        original = originals.get(_identity(target))
+        if original is not None:
+            raise ValueError(
+                f"the output {target} is the original {original}, which must not be overwritten; choose another folder"
+            )
+
+
+def _check_report(report: str, originals: dict[tuple[int, int], str], targets: list[Path]) -> None:
+    if os.path.isdir(report) or not os.path.isdir(Path(report).resolve().parent):
+        raise ValueError(f"--report {report}: expected a file to write in a folder that exists")
+    if os.path.lexists(report):
+        _check_is_not_original(Path(report), originals)
+    if Path(report).resolve() in {target.resolve() for target in targets}:
+        raise ValueError(f"--report {report} is where a protected photo goes; choose another name")
+
+
+def _check_checkpoint(checkpoint: str | None) -> None:
+    """A folder that is not there costs a look-up on the Hub, and reads as a problem of the network."""
+    if checkpoint is None or os.path.isdir(checkpoint):
+        return
+    if os.path.exists(checkpoint) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", checkpoint):
+        raise ValueError(f"--checkpoint {checkpoint}: expected a folder or organization/name on the Hub, got neither")
+
+
+# --- the work
+
+
+@dataclass(kw_only=True, eq=False)
+class _Task:
+    file: PhotoFile
+    pixels: int
+    size: tuple[int, int] | None  # as the file's header says; None if it says nothing
+    future: Future  # of reading, later of saving
+
+
+def protect_files(
+    files: list[PhotoFile], load_pipeline: Callable, settings: Settings, on_done: Callable[[PhotoFile], object]
+) -> None:
+    """Protect files, and write in each what became of it.
+
+    Args:
+        files: what to protect. Their outputs are overwritten.
+        load_pipeline: called once, when the first photo has been read; never, if none can be.
+        settings: how.
+        on_done: called in this thread with each file that is done, in any order.
+
+    Raises:
+        KeyboardInterrupt: after what is being written is whole; what has not begun stays "waiting".
+        ValueError: what `load_pipeline` raises.
+    """
+    waiting = deque(files)
+    reading: deque[_Task] = deque()
+    saving: list[_Task] = []
+    workers = max(2, min(4, os.cpu_count() or 1))
+    most_photos = 2 * settings.batch_size + workers
+    pipeline, levels = None, settings.budget
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="gap-diff")
+
+    def collect() -> bool:
+        """Take what has been saved off the list; whether the disk is full."""
+        full = False
+        for task in [task for task in saving if task.future.done()]:
+            saving.remove(task)
+            if not task.future.cancelled():
+                full |= task.future.result()
+                on_done(task.file)
+        return full
+
+    try:
+        while waiting or reading or saving:
+            while waiting and len(reading) + len(saving) < most_photos:
+                size = _header_size(waiting[0].input)
+                pixels = size[0] * size[1] if size else PIXELS_IN_FLIGHT // 3
+                in_flight = sum(task.pixels for task in (*reading, *saving))
+                if in_flight and in_flight + pixels > PIXELS_IN_FLIGHT:
+                    break
+                file = waiting.popleft()
+                reading.append(_Task(file=file, pixels=pixels, size=size, future=pool.submit(_read, file)))
+            if reading:
+                batch = [task for task in reading if task.size == reading[0].size][: settings.batch_size]
+                for task in batch:
+                    reading.remove(task)
+                by_shape: dict[tuple[int, ...], list[tuple[_Task, Photo]]] = {}
+                for task in batch:
+                    photo = task.future.result()
+                    if photo is None:
+                        on_done(task.file)
+                    else:
+                        by_shape.setdefault(photo.pixels.shape, []).append((task, photo))
+                for group in by_shape.values():
+                    if pipeline is None:
+                        pipeline = load_pipeline()
+                        levels = levels or budget_levels(pipeline.config.noise_budget)
+                    protected = _protect(pipeline, group, levels, settings)
+                    for (task, photo), result in zip(group, protected, strict=True):
+                        if result is None:
+                            on_done(task.file)
+                        else:
+                            task.file.budget = levels
+                            task.future = pool.submit(_save, task.file, photo, result, settings)
+                            saving.append(task)
+                del batch, by_shape  # with their pixels, which nobody needs while the next photos are read
+            elif saving:
+                wait([task.future for task in saving], return_when=FIRST_COMPLETED)
+            if collect():
+                waiting.clear()  # they would fail as well, after all of the work
+    except KeyboardInterrupt:
+        with _ignoring_interrupts():
+            pool.shutdown(wait=True, cancel_futures=True)
+            collect()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _header_size(path: str) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # noqa: BLE001  whatever it is, reading the photo will say it
+        return None
+
+
+def _read(file: PhotoFile) -> Photo | None:
+    started = time.perf_counter()
+    try:
+        photo = read_photo(file.input)
+    except PhotoError as error:
+        file.fail(str(error))
+        return None
+    except Exception as error:  # noqa: BLE001  a decoder that fails as none should is no reason to stop the others
+        file.fail(f"cannot be read ({type(error).__name__}: {_first_line(error)})")
+        return None
+    file.height, file.width = photo.pixels.shape[:2]
+    file.notes += photo.notes
+    file.seconds += time.perf_counter() - started
+    return photo
+
+
+def _protect(pipeline, group: list[tuple[_Task, Photo]], levels: int, settings: Settings) -> list[Photo | None]:
+    started = time.perf_counter()
+    try:
+        protected = pipeline.protect_batch([photo for _, photo in group], levels / 255, settings.strength)
+    except (PhotoError, RuntimeError, MemoryError) as error:
+        remedy = "; a smaller --batch-size needs less memory" if len(group) > 1 else ""
+        for task, _ in group:
+            task.file.fail(f"cannot be protected ({_first_line(error)}){remedy}")
+        return [None] * len(group)
+    for task, _ in group:
+        task.file.seconds += (time.perf_counter() - started) / len(group)
+    return protected
+
+
+def _save(file: PhotoFile, original: Photo, protected: Photo, settings: Settings) -> bool:
+    """Encode, write, read again and measure a photo, then give it its name; whether the disk is full."""
+    started = time.perf_counter()
+    try:
+        data = encode_photo(
+            protected, format=settings.format, quality=settings.quality, keep_metadata=settings.keep_metadata
+        )
+        Path(file.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            file.output, data, lambda path: _measure(file, read_photo(path), original, protected, settings)
+        )
+        file.status = "protected"
+    except PhotoError as error:
+        file.fail(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file.fail(f"{file.output} cannot be written, the disk is full; make room and run the same command again")
+            return True
+        file.fail(f"{file.output} cannot be written ({error.strerror or error})")
+    except Exception as error:  # noqa: BLE001  as in _read
+        file.fail(f"cannot be saved ({type(error).__name__}: {_first_line(error)})")
+    finally:
+        file.seconds += time.perf_counter() - started
+    return False
+
+
+def _measure(file: PhotoFile, saved: Photo, original: Photo, protected: Photo, settings: Settings) -> None:
+    """Measure what was saved, and refuse it where a lossless file breaks the promise."""
+    change = largest_change(saved.pixels, original.pixels)
+    if settings.quality is None:
+        if change > file.budget:
+            raise PhotoError(f"the saved file differs by {change} levels, expected at most {file.budget}; not saved")
+        if not np.array_equal(_opacity(saved), _opacity(original)):
+            raise PhotoError("the saved file's transparency differs from the original's; not saved")
+    else:
+        file.encoding_change = largest_change(saved.pixels, protected.pixels)
+        file.encoding_psnr = _finite(psnr(saved.pixels, protected.pixels))
+    file.largest_change = change
+    file.psnr = _finite(psnr(saved.pixels, original.pixels))
+    if settings.measure_ssim:
+        file.ssim = ssim(saved.pixels, original.pixels)
+
+
+def _opacity(photo: Photo) -> np.ndarray | None:
+    return None if photo.alpha is None or photo.alpha.min() == 255 else photo.alpha
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """A second Ctrl-C must not leave half of what the first one lets finish."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# --- what it says afterwards
+
+
+def summarize(
+    work: Plan, settings: Settings, output: str, seconds: float, *, interrupted: bool = False
+) -> tuple[str, str]:
+    """The failures, a line each, and a summary."""
+    by_status = {status: [f for f in work.files if f.status == status] for status in _STATUSES}
+    protected, failed = by_status["protected"], by_status["failed"]
+    lines = ["Interrupted."] if interrupted else []
+    if protected:
+        lines.append(f"Protected {_count(len(protected), 'photo')} in {seconds:.1f} s: {output}")
+        change = max(file.largest_change for file in protected)
+        lines.append(f"  PSNR {_range([f.psnr for f in protected])}; largest change {_count(change, 'level')} of 255")
+        if settings.quality is not None:
+            lines.append(
+                f"  {settings.format.upper()} of quality {settings.quality} is lossy: saving moved the protected "
+                f"pixels by up to {_count(max(f.encoding_change for f in protected), 'level')} "
+                f"(PSNR {_range([f.encoding_psnr for f in protected])}), so the budget of {protected[0].budget} "
+                "holds only before it, and some protection is lost; --format png loses none"
+            )
+    else:
+        lines.append("Protected no photo.")
+    if by_status["skipped"]:
+        number = len(by_status["skipped"])
+        lines.append(f"Skipped {_count(number, 'photo')} whose output is there already; --overwrite writes it again")
+    if failed:
+        lines.append(f"Failed: {len(failed)}, see the {'lines' if len(failed) > 1 else 'line'} above")
+    if by_status["waiting"]:
+        lines.append(f"Not attempted: {_count(len(by_status['waiting']), 'photo')}; run the same command to go on")
+    if work.ignored_files:
+        lines.append(f"Ignored {_count(work.ignored_files, 'file')} without the suffix of a photo, or hidden")
+    if work.unsearched_folders:
+        lines.append(f"Not searched: {_count(work.unsearched_folders, 'subfolder')}; --recursive does")
+    for note, number in sorted(Counter(note for file in protected for note in file.notes).items()):
+        lines.append(f"Note: in {_count(number, 'photo')}, {note}")
+    if protected:
+        lines.append(LIMITS)
+    return "".join(f"error: {file.error}\n" for file in failed), "\n".join(lines) + "\n"
+
+
+_STATUSES = ("protected", "skipped", "failed", "waiting")
+
+
+def make_report(
+    work: Plan,
+    settings: Settings,
+    arguments: argparse.Namespace,
+    device: str | None,
+    seconds: float,
+    *,
+    interrupted: bool = False,
+) -> dict:
+    """What was done, with what, to which photos: the content of --report."""
+    counts = Counter(file.status for file in work.files)
+    config = asdict(settings) | {
+        "output": arguments.output,
+        "recursive": arguments.recursive,
+        "overwrite": arguments.overwrite,
+        "checkpoint": arguments.checkpoint or "bundled",
+        "device": device,
+    }
+    del config["measure_ssim"]
+    config["budget"] = next((file.budget for file in work.files if file.budget is not None), settings.budget)
+    summary = {status: counts[status] for status in _STATUSES}
+    summary |= {"ignored_files": work.ignored_files, "unsearched_folders": work.unsearched_folders}
+    summary |= {"interrupted": interrupted, "seconds": round(seconds, 3)}
+    photos = [asdict(file) | {"seconds": round(file.seconds, 4)} for file in work.files]
+    return {"provenance": provenance(), "config": config, "summary": summary, "photos": photos}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _range(values: list[float | None]) -> str:
+    """Of decibels; None stands for infinity."""
+    low, high = (f"{end:.1f}" for f in (min, max) for end in [f(math.inf if v is None else v for v in values)])
+    return f"{low} dB" if low == high else f"{low} to {high} dB"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _strength(text: str) -> float:
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if not 0 < strength <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return strength

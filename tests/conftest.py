@@ -1,0 +1,54 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Callable
+
+import pytest
+
+
+# --- Tiny generators and pipelines, in memory (test_pipeline.py, test_hub.py) ---------------------------------------
+@pytest.fixture(scope="session")
+def make_generator() -> Callable:
+    """Makes a small random generator in evaluation mode whose perturbations fill the budget."""
+    import torch
+
+    from gap_diff_diffusers import GAPDiffGenerator
+
+    def make(seed: int = 0, **config):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = {"channels": (8, 8), "layers_per_block": (1, 1), **config}
+            generator = GAPDiffGenerator(**config).eval()
+        if generator.config.architecture == "compact":
+            with torch.no_grad():  # as initialized, it returns nearly nothing
+                generator.network.conv_out.weight.mul_(30)
+        return generator.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(make_generator) -> Callable:
+    """Makes a pipeline around such a generator; without progress bars."""
+    from gap_diff_diffusers import GAPDiffProtectionPipeline
+
+    def make(seed: int = 0, noise_budget: float = 8 / 255, **config):
+        pipeline = GAPDiffProtectionPipeline(make_generator(seed, **config), noise_budget=noise_budget)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_pixels() -> Callable:
+    """Makes a photo: (H,W,3) uint8, soft shapes with a little noise, from black to white."""
+    import numpy as np
+    from PIL import Image
+
+    def make(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float64)
+        return np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).round().astype(np.uint8)
+
+    return make

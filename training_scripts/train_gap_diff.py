@@ -1,0 +1,39 @@
+"""Train the perturbation generator of GAP-Diff and save it as a pipeline, with its training record.
+
+    python training_scripts/train_gap_diff.py --config training_scripts/configs/gap_diff_encoders.json \\
+        --train_data_dir portraits synthetic --encoders taef2_encoder.safetensors taesana_encoder.safetensors \\
+        --output_dir gap-diff
+
+The encoders can be Hub ids or folders of any `AutoencoderKL` or `AutoencoderTiny`. Flags override the config file; what is
+in neither has the default of `GAPDiffTrainingConfig`.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from gap_diff_diffusers import GAPDiffProtectionPipeline
+from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
+from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    add_config_arguments(parser, GAPDiffTrainingConfig)
+    return parser.parse_args(input_args)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    trainer = GAPDiffTrainer(config_from_arguments(GAPDiffTrainingConfig, arguments, arguments.config))
+    generator = trainer.train(resume=arguments.resume_from_checkpoint)
+    output_dir = Path(trainer.config.output_dir)
+    GAPDiffProtectionPipeline(generator, trainer.config.eps).save_pretrained(output_dir, include_remote_code=False)
+    write_json(output_dir / "training_record.json", trainer.record(trainer.validate()))
+
+
+if __name__ == "__main__":
+    main(parse_args())
