@@ -1,7 +1,7 @@
 """The command `gap-diff`: a table of subcommands, each in a module of its own that is imported when it is asked for.
 
-A subcommand's module offers `add_arguments(parser)` and `run(arguments) -> int`, the exit code. Importing it imports no
-torch, so that `--help` answers at once. A ValueError that `run` raises is wrong usage.
+A subcommand's module offers `add_arguments(parser)` and `run(arguments) -> int`, the exit code. Importing it imports
+no torch, so that `--help` answers at once. A ValueError that `run` raises is wrong usage.
 
 Exit codes: 0 all went well; 1 something failed; 2 wrong usage; 130 interrupted.
 """

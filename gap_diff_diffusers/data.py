@@ -22,10 +22,13 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
         found = sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix.lower() in PHOTO_SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+            if path.suffix.lower() in PHOTO_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         if not found:
-            raise ValueError(f"{folder}: expected a folder with photos ({', '.join(sorted(PHOTO_SUFFIXES))}), found none")
+            raise ValueError(
+                f"{folder}: expected a folder with photos ({', '.join(sorted(PHOTO_SUFFIXES))}), found none"
+            )
         photos += found
     return photos
 
@@ -61,8 +64,8 @@ class FaceCrops:
     """Random crops of face squares, as an attacker would see them at about `native_size`.
 
     The square is scaled to between 0.8 and 1.2 times `native_size`, `crop_size` pixels are cut from it, half of them
-    mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left out, and
-    counted in `skipped`.
+    mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left out,
+    and counted in `skipped`.
     """
 
     def __init__(self, photos: Sequence[Path], *, crop_size: int, native_size: int = 512, minimum_side: int = 200):
@@ -81,7 +84,7 @@ class FaceCrops:
                 self.squares.append(square)
         if not self.squares:
             raise ValueError(
-                f"expected photos of at least {minimum_side} px a side, got none among {len(photos)} ({self.skipped} skipped)"
+                f"expected photos of at least {minimum_side} px a side, got none among {len(photos)} photos"
             )
 
     def sample(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -93,7 +96,8 @@ class FaceCrops:
         square = self.squares[int(which * len(self.squares))]
         side = square.width * self.crop_size / (self.native_size * (0.8 + 0.4 * scale))
         x, y = left * (square.width - side), top * (square.width - side)
-        crop = square.resize((self.crop_size, self.crop_size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+        box = (x, y, x + side, y + side)
+        crop = square.resize((self.crop_size, self.crop_size), Image.Resampling.BICUBIC, box=box)
         if mirrored < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(crop)

@@ -35,8 +35,11 @@ _DECODING_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
+    AttributeError,
+    AssertionError,
     EOFError,
     ArithmeticError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -100,11 +103,7 @@ def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
             raise PhotoError(f"{path}: the file is empty (0 bytes)")
         if path.suffix.lower() in (".heic", ".heif"):
             _register_heif(path)
-        with _warning_filters, warnings.catch_warnings():
-            # Up to Pillow's limit a big photo is welcome; past twice of it Pillow raises DecompressionBombError.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
+        with _open(path) as image:
             return _from_pil(image)
     except PhotoError as error:
         raise error if str(error).startswith(str(path)) else PhotoError(f"{path}: {error}") from error
@@ -121,6 +120,22 @@ def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
         raise PhotoError(f"{path}: may not be read; check its permissions") from error
     except _DECODING_ERRORS as error:
         raise PhotoError(f"{path}: cannot be read, is it truncated or damaged? ({error})") from error
+
+
+def photo_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Width and height that the file's header states, before any turning; None if it states nothing."""
+    try:
+        with _open(path) as image:
+            return image.size
+    except (*_DECODING_ERRORS, Image.DecompressionBombError):
+        return None
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+    with _warning_filters, warnings.catch_warnings():
+        # Up to Pillow's limit a big photo is welcome; past twice of it Pillow raises DecompressionBombError.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def _register_heif(path: Path) -> None:
@@ -198,7 +213,7 @@ def _cmyk_to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError as error:
+    except (ImageCms.PyCMSError, OSError) as error:
         raise PhotoError(f"its CMYK color profile cannot be used ({error}); convert it to RGB first") from error
 
 
@@ -208,8 +223,8 @@ def encode_photo(
     """Encode a photo as the bytes of a file.
 
     Args:
-        format: `"png"`; `"jpeg"` (4:4:4, `JPEG_QUALITY` unless a quality is given); `"webp"` (lossless unless a quality is given).
-        quality: 1..100, for JPEG and WebP.
+        format: `"png"`, `"jpeg"` (4:4:4) or `"webp"`.
+        quality: 1..100, for JPEG (default: `JPEG_QUALITY`) and WebP (default: lossless).
         keep_metadata: write the photo's EXIF too. Its color profile is always kept.
     """
     if format == "jpeg" and photo.alpha is not None:

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .budget import budget_levels, largest_change
 from .config import provenance, write_json
@@ -31,6 +30,7 @@ from .images import (
     Photo,
     PhotoError,
     encode_photo,
+    photo_size,
     psnr,
     read_photo,
     ssim,
@@ -40,8 +40,8 @@ from .images import (
 SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}  # of a format; the first is what we write
 PIXELS_IN_FLIGHT = 75_000_000  # three photos of 24 megapixels; one photo may have more
 LIMITS = (
-    "Protected photos are harder to learn a face from, not impossible: a determined attacker can weaken the protection, "
-    "and copies of the originals that are already public stay unprotected."
+    "Protected photos are harder to learn a face from, not impossible: a determined attacker can weaken the "
+    "protection, and copies of the originals that are already public stay unprotected."
 )
 
 
@@ -91,7 +91,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How photos are protected and saved. `budget` in levels, None for the checkpoint's; `quality` None is lossless."""
+    """How photos are protected and saved.
+
+    Attributes:
+        budget: in levels; None for the checkpoint's.
+        quality: of a lossy format; None is lossless.
+        measure_ssim: SSIM takes as long as saving; False leaves it None.
+    """
 
     budget: int | None = None
     strength: float = 1.0
@@ -181,9 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
         interrupted = True
     seconds = time.perf_counter() - started
 
-    failures, summary = summarize(work, settings, arguments.output, seconds, interrupted=interrupted)
-    sys.stderr.write(failures)
-    sys.stdout.write(summary)
+    sys.stdout.write(summarize(work, settings, arguments.output, seconds, interrupted=interrupted))
     if arguments.report is not None:
         device = str(loaded["pipeline"].device) if loaded else None
         write_json(arguments.report, make_report(work, settings, arguments, device, seconds, interrupted=interrupted))
@@ -216,7 +220,7 @@ def load_pipeline(checkpoint: str | None = None, device: str | None = None):
             pipeline = GAPDiffProtectionPipeline.from_bundled()
         else:
             pipeline = GAPDiffProtectionPipeline.from_pretrained(checkpoint)
-    except Exception as error:  # noqa: BLE001  a damaged folder can make every layer below fail in its own way
+    except Exception as error:  # a damaged folder can make every layer below fail in its own way
         raise ValueError(
             f"the checkpoint {checkpoint or 'that ships with the package'} cannot be loaded ({_first_line(error)}); "
             "expected a folder, or a repository on the Hub, that GAPDiffProtectionPipeline.save_pretrained wrote"
@@ -265,7 +269,10 @@ def plan(
             elif not os.path.isfile(path):
                 file.fail("expected a photo or a folder of photos, got something else")
             found.append((file, Path(Path(path).name) if file.status == "waiting" else None))
-    found = list({os.path.abspath(file.input): (file, name) for file, name in reversed(found)}.values())[::-1]
+    unique: dict[str, tuple[PhotoFile, Path | None]] = {}
+    for file, name in found:
+        unique.setdefault(os.path.abspath(file.input), (file, name))
+    found = list(unique.values())
 
     _check_output(output, paths, folders)
     photos = [(file, name) for file, name in found if name is not None]
@@ -273,7 +280,7 @@ def plan(
         targets = [Path(output)] * len(photos)
     else:
         targets = [Path(output, name) for name in _output_names([name for _, name in photos], SUFFIXES[format][0])]
-    originals = {_identity(file.input): file.input for file, _ in photos}
+    originals = {_identity(file.input): file.input for file, _ in photos if os.path.exists(file.input)}
     for (file, _), target in zip(photos, targets, strict=True):
         file.output = str(target)
         if os.path.lexists(target):
@@ -288,7 +295,7 @@ def plan(
 
 
 def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], int, int]:
-    """The photos of a folder (paths within it), its unreadable folders, and how many files and folders are left out."""
+    """A folder's photos (paths within it), what of it cannot be read, and how many files and folders are left out."""
     names, failures, ignored, unsearched = [], [], 0, 0
 
     def fail(error: OSError) -> None:
@@ -435,7 +442,7 @@ def protect_files(
         on_done: called in this thread with each file that is done, in any order.
 
     Raises:
-        KeyboardInterrupt: after what is being written is whole; what has not begun stays "waiting".
+        KeyboardInterrupt: once what is being written is whole; what has not begun stays "waiting".
         ValueError: what `load_pipeline` raises.
     """
     waiting = deque(files)
@@ -445,6 +452,39 @@ def protect_files(
     most_photos = 2 * settings.batch_size + workers
     pipeline, levels = None, settings.budget
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gap-diff")
+
+    def read_ahead() -> None:
+        while waiting and len(reading) + len(saving) < most_photos:
+            size = photo_size(waiting[0].input)
+            pixels = size[0] * size[1] if size else PIXELS_IN_FLIGHT // 3
+            in_flight = sum(task.pixels for task in (*reading, *saving))
+            if in_flight and in_flight + pixels > PIXELS_IN_FLIGHT:
+                break
+            file = waiting.popleft()
+            reading.append(_Task(file=file, pixels=pixels, size=size, future=pool.submit(_read, file)))
+
+    def protect_next() -> None:
+        nonlocal pipeline, levels
+        batch = [task for task in reading if task.size == reading[0].size][: settings.batch_size]
+        by_shape: dict[tuple[int, ...], list[tuple[_Task, Photo]]] = {}  # what is turned upright may differ after all
+        for task in batch:
+            reading.remove(task)
+            photo = task.future.result()
+            if photo is None:
+                on_done(task.file)
+            else:
+                by_shape.setdefault(photo.pixels.shape, []).append((task, photo))
+        for group in by_shape.values():
+            if pipeline is None:
+                pipeline = load_pipeline()
+                levels = levels or budget_levels(pipeline.config.noise_budget)
+            for (task, photo), protected in zip(group, _protect(pipeline, group, levels, settings), strict=True):
+                if protected is None:
+                    on_done(task.file)
+                else:
+                    task.file.budget = levels
+                    task.future = pool.submit(_save, task.file, photo, protected, settings)
+                    saving.append(task)
 
     def collect() -> bool:
         """Take what has been saved off the list; whether the disk is full."""
@@ -458,39 +498,10 @@ def protect_files(
 
     try:
         while waiting or reading or saving:
-            while waiting and len(reading) + len(saving) < most_photos:
-                size = _header_size(waiting[0].input)
-                pixels = size[0] * size[1] if size else PIXELS_IN_FLIGHT // 3
-                in_flight = sum(task.pixels for task in (*reading, *saving))
-                if in_flight and in_flight + pixels > PIXELS_IN_FLIGHT:
-                    break
-                file = waiting.popleft()
-                reading.append(_Task(file=file, pixels=pixels, size=size, future=pool.submit(_read, file)))
+            read_ahead()
             if reading:
-                batch = [task for task in reading if task.size == reading[0].size][: settings.batch_size]
-                for task in batch:
-                    reading.remove(task)
-                by_shape: dict[tuple[int, ...], list[tuple[_Task, Photo]]] = {}
-                for task in batch:
-                    photo = task.future.result()
-                    if photo is None:
-                        on_done(task.file)
-                    else:
-                        by_shape.setdefault(photo.pixels.shape, []).append((task, photo))
-                for group in by_shape.values():
-                    if pipeline is None:
-                        pipeline = load_pipeline()
-                        levels = levels or budget_levels(pipeline.config.noise_budget)
-                    protected = _protect(pipeline, group, levels, settings)
-                    for (task, photo), result in zip(group, protected, strict=True):
-                        if result is None:
-                            on_done(task.file)
-                        else:
-                            task.file.budget = levels
-                            task.future = pool.submit(_save, task.file, photo, result, settings)
-                            saving.append(task)
-                del batch, by_shape  # with their pixels, which nobody needs while the next photos are read
-            elif saving:
+                protect_next()
+            else:
                 wait([task.future for task in saving], return_when=FIRST_COMPLETED)
             if collect():
                 waiting.clear()  # they would fail as well, after all of the work
@@ -501,14 +512,6 @@ def protect_files(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _header_size(path: str) -> tuple[int, int] | None:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # noqa: BLE001  whatever it is, reading the photo will say it
-        return None
 
 
 def _read(file: PhotoFile) -> Photo | None:
@@ -608,10 +611,8 @@ def _ignoring_interrupts() -> Iterator[None]:
 # --- what it says afterwards
 
 
-def summarize(
-    work: Plan, settings: Settings, output: str, seconds: float, *, interrupted: bool = False
-) -> tuple[str, str]:
-    """The failures, a line each, and a summary."""
+def summarize(work: Plan, settings: Settings, output: str, seconds: float, *, interrupted: bool = False) -> str:
+    """The lines that a run ends with."""
     by_status = {status: [f for f in work.files if f.status == status] for status in _STATUSES}
     protected, failed = by_status["protected"], by_status["failed"]
     lines = ["Interrupted."] if interrupted else []
@@ -629,10 +630,12 @@ def summarize(
     else:
         lines.append("Protected no photo.")
     if by_status["skipped"]:
-        number = len(by_status["skipped"])
-        lines.append(f"Skipped {_count(number, 'photo')} whose output is there already; --overwrite writes it again")
+        lines.append(
+            f"Skipped {_count(len(by_status['skipped']), 'photo')}: the output exists; --overwrite replaces it"
+        )
     if failed:
-        lines.append(f"Failed: {len(failed)}, see the {'lines' if len(failed) > 1 else 'line'} above")
+        lines.append(f"Failed: {len(failed)}")
+        lines += [f"  {file.error}" for file in failed]
     if by_status["waiting"]:
         lines.append(f"Not attempted: {_count(len(by_status['waiting']), 'photo')}; run the same command to go on")
     if work.ignored_files:
@@ -643,7 +646,7 @@ def summarize(
         lines.append(f"Note: in {_count(number, 'photo')}, {note}")
     if protected:
         lines.append(LIMITS)
-    return "".join(f"error: {file.error}\n" for file in failed), "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 _STATUSES = ("protected", "skipped", "failed", "waiting")

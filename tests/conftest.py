@@ -52,3 +52,12 @@ def make_pixels() -> Callable:
         return np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).round().astype(np.uint8)
 
     return make
+
+
+# --- A checkpoint in a folder (test_cli.py, test_budget.py) ----------------------------------------------------------
+@pytest.fixture(scope="session")
+def checkpoint(make_pipeline, tmp_path_factory) -> str:
+    """The path of a saved pipeline, with a generator as above."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_pipeline().save_pretrained(folder)
+    return str(folder)

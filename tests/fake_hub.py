@@ -188,7 +188,7 @@ class Worker:
         environment = {
             key: value
             for key, value in os.environ.items()
-            if not key.lower().endswith("_proxy") and not key.startswith(("HF_", "HUGGING_FACE", "PYTHONPATH"))
+            if not key.lower().endswith("_proxy") and not key.startswith(("HF_", "HUGGING_FACE"))
         }
         environment |= {
             "HF_ENDPOINT": hub_url,

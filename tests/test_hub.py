@@ -228,6 +228,22 @@ def make_state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "generator" / name)
 
 
+def test_shards(hub, installed, published, make_pipeline, photo, out, tmp_path):
+    make_pipeline(seed=0).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 1
+    hub.add_folder("org/shards", tmp_path / "shards")
+    installed.run(protect, "org/shards", photo, out, {})
+    np.testing.assert_array_equal(pixels(out), expected(published, photo))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in torch itself
+def test_a_compiled_generator_is_saved_as_itself(published, make_generator, tmp_path):
+    compiled = torch.compile(make_generator(seed=0))  # nothing is compiled before the first call
+    GAPDiffProtectionPipeline(compiled).save_pretrained(tmp_path)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (published / path.relative_to(tmp_path)).read_bytes(), path
+
+
 def test_a_generator_can_be_passed(published, photo, make_generator, make_pipeline):
     pipe = GAPDiffProtectionPipeline.from_pretrained(published, generator=make_generator(seed=1))
     assert pipe.config.generator[1] == "GAPDiffGenerator"

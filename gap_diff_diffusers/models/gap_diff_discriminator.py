@@ -3,8 +3,8 @@
 Paper: GAP-Diff (NDSS 2025), section IV-B.
 
 Differences from upstream, where it is broken: upstream applies ONE convolution
-and ONE batch norm in every block, and real and fake batches get separate batch statistics, by which alone they can be told
-apart. Here every block has its own weights, and the norm is over each image's own channels.
+and ONE batch norm in every block, and real and fake batches get separate batch statistics, by which alone they can be
+told apart. Here every block has its own weights, and the norm is over each image's own channels.
 """
 
 import torch

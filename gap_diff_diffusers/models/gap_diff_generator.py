@@ -16,8 +16,8 @@ from torch import nn
 class ImageBatchNorm2d(nn.Module):
     """Batch normalization with the statistics of one image: over H and W of each sample, never over the batch.
 
-    What `BatchNorm2d` computes in train mode for a batch of one, which is how the released network generates. It has no
-    running statistics.
+    What `BatchNorm2d` computes in train mode for a batch of one, which is how the released network generates. It has
+    no running statistics.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -60,7 +60,7 @@ class PaperUNet(nn.Module):
         widths = (3, c1, c2, c4, c8, c8, c8, c8, c8)
         self.encoder = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths[:-1], widths[1:]))
         self.blocks = nn.Sequential(*(PaperResidualBlock(c8) for _ in range(4)))
-        ups = ((c8, c8), (c8 * 2, c8), (c8 * 2, c8), (c8 * 2, c8), (c8 * 2, c4), (c4 * 2, c2), (c2 * 2, c1), (c1 * 2, 3))
+        ups = ((c8, c8), *((c8 * 2, c8),) * 3, (c8 * 2, c4), (c4 * 2, c2), (c2 * 2, c1), (c1 * 2, 3))
         self.decoder = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in ups)
         self.norms = nn.ModuleDict({str(c): ImageBatchNorm2d(c) for c in (c1, c2, c4, c8)})
 
@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
 
 
 def pad_by_mirroring(images: torch.Tensor, margin: int, multiple: int) -> torch.Tensor:
-    """Mirror (N,C,H,W) at its edges, by at least `margin` on every side and up to a multiple; any size from 1 px up."""
+    """Mirror (N,C,H,W) at its edges: at least `margin` on every side, and up to a multiple; any size from 1 px."""
     for dim in (2, 3):
         size = images.shape[dim]
         after = margin + (-(size + 2 * margin)) % multiple
@@ -126,8 +126,8 @@ class CompactUNet(nn.Module):
     """A small U-Net that sees the photo, and draws the perturbation, at a fraction of the resolution.
 
     Finer detail than that would neither survive JPEG nor the resizing before personalization. It works on blocks of
-    `patch_size` x `patch_size` of those coarser pixels, one level per width, a residual block (or more) per level on the
-    way down and up. The coarsest level also gets a summary of the whole photo.
+    `patch_size` x `patch_size` of those coarser pixels, one level per width, a residual block (or more) per level on
+    the way down and up. The coarsest level also gets a summary of the whole photo.
     """
 
     patch_size = 4
@@ -171,7 +171,8 @@ class CompactUNet(nn.Module):
         hidden_states = self.mid_block(hidden_states + summary[:, :, None, None])
         for upsampler, block in zip(self.upsamplers, self.up_blocks):
             hidden_states = block(upsampler(hidden_states) + skips.pop())
-        perturbation = torch.tanh(F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.patch_size))
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        perturbation = torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
         # With antialias, which changes nothing going up, torch takes its fast separable path; float32 alone has it.
         perturbation = F.interpolate(
             perturbation.float().contiguous(), scale_factor=self.downscale, mode="bicubic", antialias=True
@@ -191,7 +192,9 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         layers_per_block: compact only: residual blocks per level, the last number in the middle.
         downscale: compact only: the network works at 1/downscale of the resolution.
         native_size: side in pixels at which the network was trained to see a face crop; the pipeline computes the
-            perturbation of a bigger photo at a scale that fits.
+            perturbation of a bigger photo at scales that fit.
+        scale_range: how many times longer than the smallest crop that is to be protected a photo may be. 1, as for the
+            paper's weights, computes every perturbation at the native size alone.
     """
 
     _supports_gradient_checkpointing = False
@@ -206,6 +209,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         layers_per_block: tuple[int, ...] = (1, 1, 1),
         downscale: int = 2,
         native_size: int = 512,
+        scale_range: float = 5.0,
     ):
         super().__init__()
         if architecture == "compact":

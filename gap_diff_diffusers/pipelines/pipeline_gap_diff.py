@@ -8,6 +8,7 @@ and PIL, and it names the former in one-line imports.
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -149,13 +150,22 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         ]
 
     def perturbation_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """The sizes at which the perturbation of a photo is computed; their resampled sum is what is added."""
+        """The sizes (height, width) at which the perturbation of a photo is computed, smallest first.
+
+        An attacker crops the face, a fifth of the photo's long side (1 / `scale_range`) or more, and resizes the crop
+        to the network's native size. What is finer than that averages away; what is much coarser moves little. So the
+        perturbation is computed at the scale that suits the whole photo, at the one that suits the smallest crop, and
+        at those between, about an octave apart; resampled to the photo they are added, and their sum is clipped. A
+        photo has no finer scale than its own.
+        """
         long_side, native = max(height, width), self.generator.config.native_size
-        sizes = []
-        for factor in (1.0,):
-            scale = min(1.0, factor * native / long_side)
-            sizes.append(self.generator.nearest_size(round(height * scale), round(width * scale)))
-        return sizes
+        finest = min(long_side, self.generator.config.scale_range * native)
+        octaves = max(0, math.ceil(math.log2(finest / native) - 0.5))
+        sides = [native * (finest / native) ** (i / octaves) for i in range(octaves + 1)] if octaves else [finest]
+        return [
+            self.generator.nearest_size(round(height * side / long_side), round(width * side / long_side))
+            for side in sides
+        ]
 
     def _perturb(self, photos: list[Photo], size: tuple[int, int]) -> list[np.ndarray]:
         """The generator's output for photos seen at `size`: (h,w,3) uint8 each, 128 standing for 0."""
@@ -207,8 +217,8 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         if not os.path.isdir(name):
             wanted = ["model_index.json"]
             if "generator" not in kwargs:
-                weights = ".".join(filter(None, ("*/diffusion_pytorch_model", model_arguments.get("variant"))))
-                wanted += ["*/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
+                weights = ".".join(filter(None, ("generator/diffusion_pytorch_model", model_arguments.get("variant"))))
+                wanted += ["generator/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
             try:
                 folder = snapshot_download(name, allow_patterns=wanted, **hub_arguments)
             except HFValidationError as error:
@@ -347,7 +357,7 @@ def _read(photo: PhotoInput) -> Photo:
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
             raise PhotoError(f"expected floats in [0,1], got {low:.9g} to {high:.9g}; rescale or clip them")
         photo = np.rint(photo * 255).astype(np.uint8)
-    return Photo(pixels=np.ascontiguousarray(photo))
+    return Photo(pixels=np.require(photo, requirements="CW"))  # torch warns of arrays that cannot be written to
 
 
 def _batches_of_one_size(photos: list[Photo], batch_size: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Training of the perturbation generator against image encoders.
 
 GAP-Diff (NDSS 2025) trains the generator to spoil what a surrogate makes of the photo after preprocessing. This loop
-holds the part of it that needs no diffusion model: the surrogates are image encoders, the preprocessing is a differentiable
-mixture with the real JPEG codec, and the objective is the displacement of the latents.
+holds the part of it that needs no diffusion model: the surrogates are image encoders, the preprocessing is a
+differentiable mixture with the real JPEG codec, and the objective is the displacement of the latents.
 """
 
 import json
@@ -37,8 +37,8 @@ class GAPDiffTrainingConfig:
         train_data_dir: folders of photos; a tenth is held out (`data.split_held_out`).
         encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
         encoder_weights: how much each encoder counts in the loss.
-        encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly encoder
-            sees less.
+        encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
+            encoder sees less.
         output_dir: gets the pipeline, the training record, the log and the checkpoints.
         init_from: folder of a pipeline to start from, or None for random weights.
         channels, layers_per_block, downscale: of `GAPDiffGenerator`.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def log_displacement_loss(displacements: torch.Tensor) -> torch.Tensor:
-    """Minus the mean logarithm of encoder displacements (N,): photos that hardly move count as much as those that do."""
+    """Minus the mean logarithm of encoder displacements (N,): photos that hardly move count as much as others."""
     return -(displacements + 1e-3).log().mean()
 
 
@@ -23,8 +23,8 @@ def coherence_loss(perturbation: torch.Tensor, *, window: int, offset: tuple[int
     """How alike the perturbation is across photos and across places: the mean squared cosine between windows of it.
 
     1 for one tile that fills every photo, whatever its sign; near 0 where no window tells about another. Without this
-    loss a generator falls into such a tile, and whoever has a few protected photos estimates and subtracts it. Half of it
-    compares photos at the same place (a tile that varies across the photo repeats there), half any two windows.
+    loss a generator falls into such a tile, and whoever has a few protected photos estimates and subtracts it. Half
+    of it compares photos at the same place (a tile that varies across the photo repeats there), half any two windows.
 
     Args:
         perturbation: (N,3,H,W), N at least 2.

@@ -88,7 +88,7 @@ def build_transform(spec: str | Mapping[str, Any] | list[Any]) -> Transform:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         # Not a TypeError: the content of somebody's configuration file is wrong, not the call.
         message = f"expected a name, a list, or an object with a name, got {spec!r}; see build_transform"
-        raise ValueError(message)  # noqa: TRY004
+        raise ValueError(message)
     name = spec["name"]
     arguments = {key: value for key, value in spec.items() if key != "name"}
     if name in PRESETS:

@@ -120,7 +120,8 @@ class RealJPEG(Transform):
         subsampling: one of `SUBSAMPLINGS`, or several: drawn in training, the first in evaluation.
         pinned: the quality in evaluation mode; None is the midpoint.
 
-    Source: the evaluation of GAP-Diff compresses with Pillow at quality 70 (50 and 90 suggested) and its default 4:2:0.
+    Source: the evaluation of GAP-Diff compresses with Pillow at quality 70 (50 and 90 suggested) and its default
+    4:2:0.
     """
 
     def __init__(

@@ -1,0 +1,29 @@
+"""`gap-diff benchmark`: a table of measurements, each in a module of its own that is imported when it is asked for.
+
+Such a module offers what a subcommand's does: `add_arguments(parser)` and `run(arguments) -> int`, without importing
+torch at its top.
+"""
+
+import argparse
+import importlib
+
+BENCHMARKS = {  # name: (module, what it measures)
+    "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
+    "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),
+    "speed": ("benchmark_speed", "seconds and peak memory: the default network beside the paper's"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, (module, summary) in BENCHMARKS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        _load(module).add_arguments(subparser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return _load(BENCHMARKS[arguments.benchmark][0]).run(arguments)
+
+
+def _load(module: str):
+    return importlib.import_module(f".{module}", __package__)

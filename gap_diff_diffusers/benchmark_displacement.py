@@ -1,0 +1,158 @@
+"""`gap-diff benchmark displacement`: how far a protected photo moves the latents of real image encoders.
+
+The displacement of y for x is ||E(y) - E(x)||^2 / (variance of E(x) x size), both published through the same JPEG.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+JPEG_QUALITY = 70
+SIZE = 512
+LEVELS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        required=True,
+        metavar="ENCODER",
+        help="tiny encoders (.safetensors), or folders or Hub ids of an AutoencoderKL or AutoencoderTiny",
+    )
+    parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="pipeline to measure (default: the bundled one)")
+    parser.add_argument("--count", type=int, default=16, help="held-out photos to measure on (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON, too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare the checkpoint with random signs and with PGD, on held-out faces of 512x512 at 8 levels."""
+    import torch
+
+    from .data import list_photos, load_faces, split_held_out
+
+    train, held_out = split_held_out(list_photos(arguments.photos))
+    images = load_faces(spread(held_out, arguments.count), SIZE)
+    others = load_faces(spread(train, 100), SIZE)
+    encoders, pipeline = load(arguments)
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    moved = {"random signs": _to_8_bits(images + LEVELS / 255 * signs)}
+    for encoder in encoders:
+        moved[f"PGD against {encoder.name}"] = pgd(encoder, images)
+    moved["this checkpoint"] = pipeline(images, LEVELS / 255, output_type="pt").images
+    mean = pipeline(others, LEVELS / 255, output_type="pt").perturbation.mean(dim=0)
+    moved["this checkpoint, less the mean of 100 others"] = _to_8_bits(moved["this checkpoint"] - mean)
+
+    names = [encoder.name for encoder in encoders]
+    rows = {
+        label: {e.name: published_displacement(e, images, y) for e in encoders} | {"psnr": _psnr(images, y)}
+        for label, y in moved.items()
+    }
+    ours = rows["this checkpoint"]
+    ratios = {
+        "over random signs": {n: ours[n] / rows["random signs"][n] for n in names},
+        "over PGD against that encoder": {n: ours[n] / rows[f"PGD against {n}"][n] for n in names},
+        "left without the mean of 100 others": {n: list(rows.values())[-1][n] / ours[n] for n in names},
+    }
+    return report(arguments, {"displacement": rows, "ratios": ratios, "photos": len(images)}, to_markdown)
+
+
+def to_markdown(record: dict) -> str:
+    """The record as a table."""
+    names = list(next(iter(record["ratios"].values())))
+    rows = [
+        [label, *(f"{row[n]:.2f}" for n in names), f"{row['psnr']:.1f} dB"]
+        for label, row in record["displacement"].items()
+    ]
+    rows += [[f"ratio: {label}", *(f"{row[n]:.2f}" for n in names), ""] for label, row in record["ratios"].items()]
+    title = f"Displacement after JPEG 70: mean of {record['photos']} held-out faces of 512x512 at 8 levels"
+    return table(title, ["", *names, "PSNR"], rows)
+
+
+def published_displacement(encoder, clean, moved) -> float:
+    """Mean displacement of images (N,3,H,W) in [0,1], clean and moved both through JPEG 70 (4:2:0)."""
+    import torch
+
+    from .surrogates.encoder import encoder_displacement
+    from .transforms import RealJPEG
+
+    publish = RealJPEG(JPEG_QUALITY).eval()
+    with torch.no_grad():
+        values = [
+            encoder_displacement(encoder.encode_images(publish(x[None])), encoder.encode_images(publish(y[None])))
+            for x, y in zip(clean, moved)
+        ]
+    return torch.cat(values).mean().item()
+
+
+def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255):
+    """Projected gradient ascent on each photo's own displacement, without a JPEG in its loop; result on 8 bits.
+
+    The step is 1/255 on [0,1], that is 2/255 on [-1,1]. Images (N,3,H,W) in [0,1].
+    """
+    import torch
+    from tqdm import tqdm
+
+    from .surrogates.encoder import encoder_displacement
+
+    eps = LEVELS / 255
+    results = []
+    random_source = torch.Generator().manual_seed(0)
+    for image in tqdm(images.split(1), desc=f"PGD against {encoder.name}", disable=not sys.stderr.isatty()):
+        with torch.no_grad():
+            clean = encoder.encode_images(image)
+        # Where nothing moved the gradient is zero, so it starts a little off.
+        delta = (torch.rand(image.shape, generator=random_source) * 2 - 1) * step_size
+        for _ in range(steps):
+            delta.requires_grad_(True)
+            moved = encoder.encode_images((image + delta).clamp(0, 1))
+            (gradient,) = torch.autograd.grad(encoder_displacement(clean, moved).sum(), delta)
+            delta = (delta.detach() + step_size * gradient.sign()).clamp(-eps, eps)
+        results.append(_to_8_bits(image + delta))
+    return torch.cat(results)
+
+
+def load(arguments: argparse.Namespace):
+    """The encoders and the pipeline to measure."""
+    from . import EncoderSurrogate, GAPDiffProtectionPipeline
+
+    pipeline = (
+        GAPDiffProtectionPipeline.from_pretrained(arguments.checkpoint)
+        if arguments.checkpoint
+        else GAPDiffProtectionPipeline.from_bundled()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return [EncoderSurrogate.from_pretrained(encoder) for encoder in arguments.encoders], pipeline
+
+
+def spread(items: Sequence, count: int) -> list:
+    """`count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _to_8_bits(images):
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def _psnr(clean, moved) -> float:
+    return (-10 * (moved - clean).square().mean(dim=(1, 2, 3)).log10()).mean().item()
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """A titled markdown table."""
+    lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def report(arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[dict], str]) -> int:
+    """Print the figures as a table, and write them with their setting, if asked for."""
+    from .config import provenance, write_json
+
+    sys.stdout.write(to_markdown(figures))
+    if arguments.output:
+        setting = {"checkpoint": arguments.checkpoint or "bundled", "jpeg_quality": JPEG_QUALITY, "levels": LEVELS}
+        write_json(arguments.output, figures | setting | {"versions": provenance()})
+    return 0

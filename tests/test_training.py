@@ -1,0 +1,204 @@
+"""Data, losses and the training loop, on tiny networks and pictures made here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from test_surrogates import sana_like
+
+from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
+from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
+from gap_diff_diffusers.images import Photo
+from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig, perturb_at_scales
+from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for index in range(12):
+        small = Image.fromarray(random.integers(0, 255, (8, 6, 3), dtype=np.uint8))
+        path = folder / ("more" if index % 2 else ".") / f"{index}.png"
+        small.resize((240, 320), Image.Resampling.BICUBIC).save(path)
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    torch.manual_seed(0)
+    safetensors.torch.save_file(sana_like(), tmp_path / "encoder.safetensors")
+    return tmp_path / "encoder.safetensors"
+
+
+def make_config(photos, encoder, output_dir, **changes):
+    settings = {
+        "train_data_dir": (str(photos),),
+        "encoders": (str(encoder),),
+        "encoder_weights": (1.0,),
+        "encoder_crop_sizes": (0,),
+        "output_dir": str(output_dir),
+        "channels": (8, 8),
+        "layers_per_block": (1, 1),
+        "crop_size": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "lr_warmup_steps": 1,
+        "mixed_precision": "no",
+        "checkpointing_steps": 2,
+        "validation_steps": 4,
+        "num_validation_images": 2,
+    }
+    return GAPDiffTrainingConfig(**settings | changes)
+
+
+def test_photos_are_listed_by_name_and_one_in_ten_is_held_out(photos):
+    found = list_photos([photos])
+    assert found == sorted(found)
+    assert len(found) == 13  # 12 and the broken one; no hidden file, no text
+    train, held_out = split_held_out(found)
+    assert held_out == [found[0], found[10]]
+    assert sorted(train + held_out) == sorted(found)
+    with pytest.raises(ValueError, match="found none"):
+        list_photos([photos / "nowhere"])
+
+
+def test_face_square_is_the_top_middle(tmp_path):
+    pixels = np.zeros((20, 16, 3), dtype=np.uint8)
+    pixels[:16] = 255
+    Image.fromarray(np.pad(pixels, ((0, 0), (10, 10), (0, 0)))).save(tmp_path / "tall.png")
+    Image.fromarray(pixels).save(tmp_path / "portrait.png")
+    assert np.asarray(face_square(tmp_path / "portrait.png")).min() == 255
+    assert face_square(tmp_path / "tall.png").size == (20, 20)
+
+
+def test_face_crops_skip_what_is_unreadable_and_depend_on_the_generator_alone(photos):
+    crops = FaceCrops(list_photos([photos]), crop_size=64)
+    assert (len(crops.squares), crops.skipped) == (12, 1)
+    first, again, other = (crops.sample(3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.shape == (3, 3, 64, 64)
+    assert first.min() >= 0 and first.max() <= 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match="at least 1000 px"):
+        FaceCrops(list_photos([photos / "more"]) * 2, crop_size=64, minimum_side=1000)
+
+
+def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():
+    generator = torch.Generator().manual_seed(0)
+    options = {"window": 16, "offset": (0, 4), "samples": 100}
+    tile = torch.randn(1, 3, 4, 4, generator=generator).repeat(4, 1, 24, 24)
+    signed = tile * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1, 1)
+    noise = torch.randn(4, 3, 96, 96, generator=generator)
+    assert coherence_loss(tile, **options).item() == pytest.approx(1, abs=0.01)
+    assert coherence_loss(signed, **options).item() == pytest.approx(1, abs=0.01)
+    assert coherence_loss(noise, **options).item() < 0.02
+    # A pattern that varies over the photo but is the same for every photo counts, at the same place.
+    assert coherence_loss(noise[:1].repeat(4, 1, 1, 1), **options).item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_losses_point_the_right_way():
+    assert log_displacement_loss(torch.tensor([0.5, 0.5])) > log_displacement_loss(torch.tensor([1.0, 1.0]))
+    assert log_displacement_loss(torch.zeros(2)).isfinite()
+    quiet, loud = torch.full((1, 3, 8, 8), 6.0), torch.full((1, 3, 8, 8), 8.0)
+    assert excess_power_loss(quiet, rms=6.4) == 0
+    assert excess_power_loss(loud, rms=6.4).item() == pytest.approx((8 / 6.4) ** 2 - 1)
+
+
+def test_what_training_composes_is_what_the_pipeline_adds():
+    torch.manual_seed(0)
+    generator = GAPDiffGenerator(channels=(8, 8), layers_per_block=(1, 1), native_size=32).eval()
+    with torch.no_grad():
+        generator.network.conv_out.weight.mul_(40)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    pipeline = GAPDiffProtectionPipeline(generator)
+    assert pipeline.perturbation_sizes(64, 64) == [(32, 32), (64, 64)]
+    protected = pipeline.protect_batch([Photo(pixels=pixels)], 8 / 255)[0].pixels
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        expected = (images * 255 + 8 * perturb_at_scales(generator, images, [0.5, 1])).clamp(0, 255)
+    difference = torch.from_numpy(protected).permute(2, 0, 1) - expected[0]
+    assert difference.abs().max() <= 1  # 8-bit rounding of photo, perturbation and result
+    assert np.abs(protected.astype(int) - pixels).max() == 8
+
+
+def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder, tmp_path):
+    trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "run", learning_rate=5e-3, coherence_weight=0.0))
+    before = {k: v.clone() for k, v in trainer.encoders[0].state_dict().items()}
+    source = lambda: torch.Generator().manual_seed(7)  # noqa: E731
+    first = trainer.training_step(source())["loss"]
+    for _ in range(12):
+        last = trainer.training_step(source())["loss"]
+    assert last < first
+    assert all(torch.equal(v, before[k]) for k, v in trainer.encoders[0].state_dict().items())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
+    whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole")).train()
+
+    interrupted = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
+    interrupted.output_dir.mkdir()
+    for _ in range(2):
+        interrupted.training_step(interrupted._step_generator())
+        interrupted.step += 1
+    interrupted._save(interrupted.output_dir / "checkpoint.pt")
+    resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts")).train(resume=True)
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name), parameter, atol=1e-6, rtol=0)
+
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "training_log.jsonl").read_text().splitlines()]
+        for run in ("whole", "parts")
+    ]
+    assert [entry["step"] for entry in logs[1]] == [3, 4]
+    for expected, actual in zip(logs[0][2:], logs[1], strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_weights": (1.0, 2.0)}, "as many encoder_weights"),
+        ({"mixed_precision": "fp8"}, "mixed_precision"),
+        ({"transform": "jpgg"}, "jpgg"),
+        ({"train_data_dir": ("nowhere",)}, "nowhere"),
+    ],
+)
+def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        GAPDiffTrainer(make_config(photos, encoder, tmp_path, **changes))
+
+
+def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"encoder_weights": [1.0], "encoder_crop_sizes": [32], "channels": [8, 8]}))
+    command = [sys.executable, str(ROOT / "training_scripts" / "train_gap_diff.py"), "--config", str(config)]
+    command += ["--train_data_dir", str(photos), "--encoders", str(encoder), "--output_dir", str(tmp_path / "out")]
+    command += ["--layers_per_block", "1", "1", "--crop_size", "64", "--train_batch_size", "2"]
+    command += ["--max_train_steps", "2", "--num_validation_images", "2", "--mixed_precision", "no"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pipeline = GAPDiffProtectionPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.generator.config.channels == [8, 8]
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert record["steps"] == 2
+    assert record["photos"] == record["photos"] | {"train": 10, "held_out": 2, "skipped": 1}
+    assert "held_out/encoder" in record["figures"]
+    assert record["config"]["crop_size"] == 64 and "torch" in record["versions"]
+
+    config.write_text(json.dumps({"learning_rat": 1}))
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "learning_rat" in refused.stderr and "learning_rate" in refused.stderr
