@@ -15,7 +15,7 @@ def budget_levels(eps: float) -> int:
     Raises:
         ValueError: eps outside [1/255, 1]: not even one level, or more than there are.
     """
-    levels = math.floor(255 * eps + 1e-6)  # 255 * (n / 255) may come out just under n
+    levels = math.floor(255 * eps + 1e-6) if math.isfinite(eps) else 0  # 255 * (n / 255) may come out just under n
     if not 1 <= levels <= 255:
         raise ValueError(
             f"expected a noise budget from 1/255 to 1 on the [0,1] scale, got {eps:g}; 8 levels are written 8/255"
@@ -24,13 +24,13 @@ def budget_levels(eps: float) -> int:
 
 
 def add_perturbation(
-    pixels: np.ndarray, perturbations: list[np.ndarray], *, amplitude: float, levels: int, gray: bool = False
+    pixels: np.ndarray, perturbation: np.ndarray, *, amplitude: float, levels: int, gray: bool = False
 ) -> np.ndarray:
-    """Add perturbations to 8-bit pixels, round, and project onto the budget: the one place where both happen.
+    """Add a perturbation to 8-bit pixels, round, and project onto the budget: the one place where both happen.
 
     Args:
         pixels: (H,W,3) uint8.
-        perturbations: each (H,W,3) uint8, where 128 stands for 0 and 128 +- 127 for +-1. Their sum is clipped to +-1.
+        perturbation: (H,W,3) uint8, where 128 stands for 0 and 128 +- 127 for +-1.
         amplitude: levels that a perturbation of 1 moves a subpixel by.
         levels: the budget; no subpixel moves further, whatever `amplitude` is.
         gray: move the three channels of a pixel by the same amount, so that a gray photo stays gray.
@@ -44,13 +44,10 @@ def add_perturbation(
     rows = max(1, 2**20 // pixels.shape[1])  # a megapixel at a time keeps the float copies small
     for start in range(0, len(pixels), rows):
         strip = slice(start, start + rows)
-        total = torch.from_numpy(perturbations[0][strip]).float().sub_(128)
-        for perturbation in perturbations[1:]:
-            total += torch.from_numpy(perturbation[strip]).float().sub_(128)
-        total = total.div_(127).clamp_(-1, 1)
+        shift = torch.from_numpy(perturbation[strip]).float().sub_(128).div_(127).clamp_(-1, 1)
         if gray:
-            total = total.mean(dim=2, keepdim=True)
-        steps = total.mul_(amplitude).round_().clamp_(-levels, levels)
+            shift = shift.mean(dim=2, keepdim=True)
+        steps = shift.mul_(amplitude).round_().clamp_(-levels, levels)
         moved = torch.from_numpy(pixels[strip]) + steps
         protected[strip] = moved.clamp_(0, 255).to(torch.uint8).numpy()
     return protected

@@ -201,7 +201,7 @@ def build_generator(weights: dict, *, name: str = "the state dict"):
             "pass G_per16.0.pth (D_per16.0.pth is its discriminator, which protecting a photo does not need)"
         )
     with torch.device("meta"):
-        generator = GAPDiffGenerator(architecture="paper", channels=(first.shape[0],))
+        generator = GAPDiffGenerator(architecture="paper", channels=(first.shape[0],), scale_range=1.0)
     names = upstream_names(generator)
     expected = {names[ours]: list(tensor.shape) for ours, tensor in generator.state_dict().items()}
     ignored, unknown = {}, []

@@ -240,9 +240,12 @@ def encode_photo(
         options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0}
     elif format == "webp":
         options |= {"exact": True}  # the color of transparent pixels too
-        options |= {"lossless": True, "method": 2} if quality is None else {"quality": quality}
+        # Lossless, quality is the effort: on a protected photo none makes the same size in half the time.
+        options |= {"lossless": True, "method": 1, "quality": 0} if quality is None else {"quality": quality}
     elif format == "png":
-        options["compress_level"] = 4  # a protected photo is noisy: the default of 6 is twice as slow and 1 % smaller
+        # A protected photo is noise to a search for repeats: runs alone make as small a file as level 6, in a third of
+        # the time (0.44 MB in 18 against 66 ms for 512x512, 38 MB in 1.9 against 5.4 s for 24 megapixels).
+        options["compress_type"] = zlib.Z_RLE
     else:
         raise ValueError(f"expected format 'png', 'jpeg' or 'webp', got {format!r}")
     buffer = io.BytesIO()

@@ -187,10 +187,12 @@ def run(arguments: argparse.Namespace) -> int:
         interrupted = True
     seconds = time.perf_counter() - started
 
-    sys.stdout.write(summarize(work, settings, arguments.output, seconds, interrupted=interrupted))
-    if arguments.report is not None:
-        device = str(loaded["pipeline"].device) if loaded else None
-        write_json(arguments.report, make_report(work, settings, arguments, device, seconds, interrupted=interrupted))
+    with _ignoring_interrupts() if interrupted else contextlib.nullcontext():
+        sys.stdout.write(summarize(work, settings, arguments.output, seconds, interrupted=interrupted))
+        if arguments.report is not None:
+            device = str(loaded["pipeline"].device) if loaded else None
+            report = make_report(work, settings, arguments, device, seconds, interrupted=interrupted)
+            write_json(arguments.report, report)
     if interrupted:
         return 130
     return 0 if all(file.status in ("protected", "skipped") for file in work.files) else 1
@@ -534,7 +536,7 @@ def _protect(pipeline, group: list[tuple[_Task, Photo]], levels: int, settings: 
     started = time.perf_counter()
     try:
         protected = pipeline.protect_batch([photo for _, photo in group], levels / 255, settings.strength)
-    except (PhotoError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001  as in _read; too little memory above all
         remedy = "; a smaller --batch-size needs less memory" if len(group) > 1 else ""
         for task, _ in group:
             task.file.fail(f"cannot be protected ({_first_line(error)}){remedy}")

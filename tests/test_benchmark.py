@@ -22,7 +22,7 @@ def ballast():
 
 def test_speed_times_every_case_and_reports_it(tmp_path, ballast):
     networks = {"default": TINY, "paper": TINY_PAPER}
-    record = benchmark_speed(networks, sizes=(512,), runs=2, kinds=("network",))
+    record = benchmark_speed(networks, sizes=(512,), runs=2, long_run_seconds=600, kinds=("network",))
     write_json(tmp_path / "speed.json", record)
     assert json.loads((tmp_path / "speed.json").read_text())["provenance"]["torch"]
     assert [(row["kind"], row["size"], row["network"]) for row in record["rows"]] == [
@@ -55,7 +55,7 @@ def test_the_whole_command_is_timed_as_people_run_it(ballast):
 def test_a_failing_case_says_what_failed(tmp_path):
     case = {"kind": "command", "size": (64, 48), "network": {"bundled": True}, "photo": str(tmp_path / "none.jpg")}
     with pytest.raises(OSError, match=r"timing `gap-diff protect`.* failed: .*none\.jpg"):
-        measure({"default": case}, runs=1)
+        measure({"default": case}, runs=1, long_run_seconds=600)
 
 
 def test_the_networks_take_turns_after_a_round_of_warm_up():
@@ -72,6 +72,7 @@ def test_a_case_that_was_killed_shows_as_failed():
     record = {
         "networks": {"default": TINY, "paper": TINY_PAPER},
         "runs": 1,
+        "long_run_seconds": 5,
         "machine": {"processor": "some", "cores": 2, "threads": 2},
         "provenance": {"torch": "2"},
         "rows": [done, row],

@@ -22,36 +22,34 @@ def test_levels_are_rounded_down():
     assert budget_levels(8.99 / 255) == 8
 
 
-@pytest.mark.parametrize("eps", [0, -1, 0.9 / 255, 1.01, 8, math.inf])
+@pytest.mark.parametrize("eps", [0, -1, 0.9 / 255, 1.01, 8, math.inf, math.nan])
 def test_a_budget_of_no_level_or_too_many_is_refused(eps):
     with pytest.raises(ValueError, match="8 levels are written 8/255"):
         budget_levels(eps)
 
 
-def test_a_perturbation_is_scaled_rounded_summed_and_clipped():
-    pixels = np.full((1, 6, 3), 100, np.uint8)
-    first = np.empty_like(pixels)
-    first[0, :, :] = np.array([1, 128, 255, 192, 255, 0])[:, None]
-    second = np.full_like(pixels, 128)
-    second[0, 4] = 255
-    protected = add_perturbation(pixels, [first, second], amplitude=8, levels=8)
-    assert (protected[0, :, 0] - 100.0).tolist() == [-8, 0, 8, 4, 8, -8]
-    halved = add_perturbation(pixels, [first, second], amplitude=4, levels=8)
-    assert (halved[0, :, 0] - 100.0).tolist() == [-4, 0, 4, 2, 4, -4]
-    bounded = add_perturbation(pixels, [first, second], amplitude=200, levels=3)
+def test_a_perturbation_is_scaled_rounded_and_clipped():
+    pixels = np.full((1, 5, 3), 100, np.uint8)
+    perturbation = np.empty_like(pixels)
+    perturbation[0, :, :] = np.array([1, 128, 255, 192, 0])[:, None]
+    protected = add_perturbation(pixels, perturbation, amplitude=8, levels=8)
+    assert (protected[0, :, 0] - 100.0).tolist() == [-8, 0, 8, 4, -8]
+    halved = add_perturbation(pixels, perturbation, amplitude=4, levels=8)
+    assert (halved[0, :, 0] - 100.0).tolist() == [-4, 0, 4, 2, -4]
+    bounded = add_perturbation(pixels, perturbation, amplitude=200, levels=3)
     assert largest_change(bounded, pixels) == 3
 
 
 def test_black_stays_at_or_above_black_and_white_at_or_below_white():
     for value, toward in ((0, 0), (255, 255)):
         pixels = np.full((4, 4, 3), value, np.uint8)
-        assert (add_perturbation(pixels, [np.full_like(pixels, toward)], amplitude=32, levels=32) == value).all()
+        assert (add_perturbation(pixels, np.full_like(pixels, toward), amplitude=32, levels=32) == value).all()
 
 
 def test_a_gray_photo_moves_all_channels_alike():
     pixels = np.repeat(np.random.default_rng(0).integers(0, 256, (20, 20, 1), dtype=np.uint8), 3, axis=2)
     perturbation = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    protected = add_perturbation(pixels, [perturbation], amplitude=8, levels=8, gray=True)
+    protected = add_perturbation(pixels, perturbation, amplitude=8, levels=8, gray=True)
     assert (protected == protected[:, :, :1]).all()
     assert 0 < largest_change(protected, pixels) <= 8
 

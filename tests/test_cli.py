@@ -401,7 +401,7 @@ def test_a_photo_that_the_format_cannot_hold(run_protect, save_photo, tmp_path):
         (["in/a.png", "-o", "in"], "the output in/a.png is the original in/a.png, which must not be overwritten"),
         (["in/a.png", "-o", "in/a.png"], "is the original in/a.png"),
         (["in/a.png", "-o", "hard.png"], "is the original in/a.png"),
-        (["in/a.png", "b/a.png", "-o", "b", "--overwrite"], "is the original"),
+        (["in/b.jpg", "b/a.png", "-o", "b", "--overwrite"], "is the original b/a.png"),
         (["in", "-o", "out.png"], "is one file, and there may be several photos; give a folder"),
         (["in/a.png", "in/b.jpg", "-o", "out.png"], "give a folder"),
         (["in/a.png", "-o", "out.gif"], "expected a folder or a file that ends in .png, .jpg, .jpeg, .webp"),
@@ -436,7 +436,7 @@ def test_wrong_usage_does_nothing(run_protect, save_photo, arguments, message, t
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "message"),
+    ("given", "message"),
     [
         ("./absent", "expected a folder or organization/name on the Hub, got neither"),
         ("a/b/c", "expected a folder or organization/name on the Hub, got neither"),
@@ -445,16 +445,15 @@ def test_wrong_usage_does_nothing(run_protect, save_photo, arguments, message, t
         ("damaged", "the checkpoint damaged cannot be loaded"),
     ],
 )
-def test_a_checkpoint_that_is_none(run_protect, save_photo, checkpoint, message, request, tmp_path):
+def test_a_checkpoint_that_is_none(given, message, checkpoint, save_photo, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     save_photo(tmp_path / "photo.png")
     (tmp_path / "folder").mkdir()
-    shutil.copytree(request.getfixturevalue("checkpoint"), tmp_path / "damaged")
+    shutil.copytree(checkpoint, tmp_path / "damaged")
     [weights] = (tmp_path / "damaged" / "generator").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        code = main(["protect", "photo.png", "-o", "out", "--checkpoint", checkpoint])
-    assert code == 2
+    assert main(["protect", "photo.png", "-o", "out", "--checkpoint", given]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -435,10 +435,10 @@ def test_ssim_is_kornias(size, noise):
     from kornia.metrics import ssim as reference_ssim
 
     rng = np.random.default_rng(0)
-    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size[::-1]))
+    smooth = np.array(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size[::-1]))
     noisy = np.clip(smooth + rng.normal(0, noise, smooth.shape), 0, 255).astype(np.uint8)
     weights = torch.tensor((0.299, 0.587, 0.114)).double()
-    x, y = ((torch.from_numpy(p.copy()).double() @ weights)[None, None] / 255 for p in (noisy, smooth))
+    x, y = ((torch.from_numpy(p).double() @ weights)[None, None] / 255 for p in (noisy, smooth))
     expected = reference_ssim(x, y, 11, padding="valid").mean().item()
     assert ssim(noisy, smooth) == pytest.approx(expected, abs=1e-3)
 

@@ -112,6 +112,14 @@ class ResidualBlock(nn.Module):
         return hidden_states + self.conv2(F.silu(self.conv1(self.norm(hidden_states))))
 
 
+def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (N,3,H,W) to (height, width), bicubic with antialias, in float32: torch has no other on the CPU."""
+    images = images.float()
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images.contiguous(), size=tuple(size), mode="bicubic", antialias=True)
+
+
 def pad_by_mirroring(images: torch.Tensor, margin: int, multiple: int) -> torch.Tensor:
     """Mirror (N,C,H,W) at its edges: at least `margin` on every side, and up to a multiple; any size from 1 px."""
     for dim in (2, 3):
@@ -173,11 +181,8 @@ class CompactUNet(nn.Module):
             hidden_states = block(upsampler(hidden_states) + skips.pop())
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
         perturbation = torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
-        # With antialias, which changes nothing going up, torch takes its fast separable path; float32 alone has it.
-        perturbation = F.interpolate(
-            perturbation.float().contiguous(), scale_factor=self.downscale, mode="bicubic", antialias=True
-        )
-        perturbation = perturbation.clamp(-1, 1).to(images.dtype)
+        size = (perturbation.shape[-2] * self.downscale, perturbation.shape[-1] * self.downscale)
+        perturbation = resize(perturbation, size).clamp(-1, 1).to(images.dtype)
         top = left = margin * self.downscale
         return perturbation[..., top : top + height, left : left + width]
 
@@ -230,6 +235,22 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         minimum = self.minimum_size[self.config.architecture]
         multiple = 256 if self.config.architecture == "paper" else 1
         return tuple(max(minimum, round(side / multiple) * multiple) for side in (height, width))
+
+    def perturb_at_sizes(self, images: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """Compute the perturbation with the photos seen at several sizes: resampled to the photos, added, and clipped.
+
+        Args:
+            images: (N,3,H,W) in [0,1].
+            sizes: heights and widths that the network takes.
+
+        Returns:
+            (N,3,H,W) float32 in [-1,1].
+        """
+        total = torch.zeros(images.shape, device=images.device)
+        for size in sizes:
+            seen = resize(images, size).clamp(0, 1).to(images.dtype)
+            total = total + resize(self(seen), images.shape[-2:])
+        return total.clamp(-1, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the perturbation, before the budget scales it.

@@ -137,16 +137,19 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         if self.generator.training:
             raise ValueError("the generator is in training mode; call pipe.generator.eval() first")
         height, width = photos[0].pixels.shape[:2]
-        perturbations: list[list[np.ndarray]] = [[] for _ in photos]
-        for size in self.perturbation_sizes(height, width):
-            for layers, computed in zip(perturbations, self._perturb(photos, size), strict=True):
-                layers.append(resize_pixels(computed, height, width))
+        sizes = self.perturbation_sizes(height, width)
         return [
             with_pixels(
                 photo,
-                add_perturbation(photo.pixels, layers, amplitude=levels * strength, levels=levels, gray=photo.gray),
+                add_perturbation(
+                    photo.pixels,
+                    resize_pixels(perturbation, height, width),
+                    amplitude=levels * strength,
+                    levels=levels,
+                    gray=photo.gray,
+                ),
             )
-            for photo, layers in zip(photos, perturbations, strict=True)
+            for photo, perturbation in zip(photos, self._perturb(photos, sizes))
         ]
 
     def perturbation_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -167,13 +170,13 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             for side in sides
         ]
 
-    def _perturb(self, photos: list[Photo], size: tuple[int, int]) -> list[np.ndarray]:
-        """The generator's output for photos seen at `size`: (h,w,3) uint8 each, 128 standing for 0."""
+    def _perturb(self, photos: list[Photo], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The perturbation of photos computed at `sizes`: (h,w,3) uint8 each, of the last size, 128 standing for 0."""
         device, dtype = self._execution_device, self.generator.dtype
-        seen = np.stack([resize_pixels(photo.pixels, *size) for photo in photos])
-        images = torch.from_numpy(seen).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32) / 255
-        perturbation = self.generator(images.to(dtype)).float()
-        encoded = perturbation.mul_(127).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+        seen = np.stack([resize_pixels(photo.pixels, *sizes[-1]) for photo in photos])
+        images = torch.from_numpy(seen).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255).to(dtype)
+        perturbation = self.generator.perturb_at_sizes(images, sizes)
+        encoded = perturbation.mul_(127).round_().add_(128).to(torch.uint8)
         return list(encoded.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     @classmethod

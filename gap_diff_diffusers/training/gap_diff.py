@@ -8,13 +8,12 @@ differentiable mixture with the real JPEG codec, and the objective is the displa
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -101,29 +100,6 @@ class GAPDiffTrainingConfig:
             raise ValueError(f"expected mixed_precision 'bf16' or 'no', got {self.mixed_precision!r}")
 
 
-def resize(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Antialiased bicubic, to (height, width); (N,3,H,W), not clipped."""
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return F.interpolate(images, size=tuple(size), mode="bicubic", antialias=True)
-
-
-def perturb_at_scales(
-    generator: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, factors: Sequence[float]
-) -> torch.Tensor:
-    """The perturbation (N,3,H,W) in [-1,1] of photos that the generator sees at several scales.
-
-    As the pipeline composes it for big photos: each scale's perturbation is resampled to the photo, and their sum is
-    clipped.
-    """
-    height, width = images.shape[-2:]
-    total = torch.zeros_like(images)
-    for factor in factors:
-        size = (round(height * factor), round(width * factor))
-        total = total + resize(generator(resize(images, size).clamp(0, 1)).float(), (height, width))
-    return total.clamp(-1, 1)
-
-
 class GAPDiffTrainer:
     """One run: `train()` to its end, from the last checkpoint if `resume`.
 
@@ -194,7 +170,9 @@ class GAPDiffTrainer:
         config = self.config
         images = self.crops.sample(config.train_batch_size, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            perturbation = perturb_at_scales(self.generator, images, self._draw_factors(generator))
+            height, width = images.shape[-2:]
+            sizes = [(round(height * factor), round(width * factor)) for factor in self._draw_factors(generator)]
+            perturbation = self.generator.perturb_at_sizes(images, sizes)
         protected = (images + perturbation * config.eps).clamp(0, 1)
         draw = self.transform.draw(generator=generator)
         published_clean = self.transform.apply_draw(images, draw)
