@@ -5,12 +5,13 @@ Inside, a photo is 8-bit RGB pixels with its alpha, color profile and EXIF besid
 torch is imported where it computes: whether a file is a photo at all can be said without waiting for it.
 """
 
+import importlib
 import io
 import math
 import os
 import re
+import secrets
 import struct
-import tempfile
 import threading
 import warnings
 import zlib
@@ -140,10 +141,10 @@ def _open(path: str | os.PathLike) -> Image.Image:
 
 def _register_heif(path: Path) -> None:
     try:
-        from pillow_heif import register_heif_opener
+        # By name: an import statement would make diffusers ask everyone who loads this as remote code to install it.
+        importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
         raise PhotoError(f"{path}: HEIC needs an extra: pip install 'gap_diff_diffusers[heic]'") from error
-    register_heif_opener()
 
 
 def _from_pil(image: Image.Image) -> Photo:
@@ -264,17 +265,15 @@ def write_atomically(path: str | os.PathLike, data: bytes, check: Callable[[Path
     `check` gets the temporary file before the rename; if it raises, nothing is left.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+    # Not tempfile's: its files are private, and to make them like any other one has to set the umask of all threads.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
-        check(Path(temporary))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; this one is like any other
+        check(temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from gap_diff_diffusers.budget import add_perturbation, budget_levels, largest_change
-from gap_diff_diffusers.images import encode_photo, psnr, read_photo
+from gap_diff_diffusers.images import encode_photo, read_photo
 
 
 @pytest.mark.parametrize("levels", range(1, 256))
@@ -83,7 +83,7 @@ def test_500_random_photos_stay_within_their_budget(make_pipeline, make_pixels, 
     pipeline = make_pipeline()
     rng = np.random.default_rng(0)
     modes = ("L", "LA", "RGB", "RGBA", "P", "P+transparency", "CMYK", "I;16", "1")
-    violations, unused, alpha_changes = [], 0, 0
+    violations, idle, alpha_changes = [], 0, 0
     for case in range(500):
         mode = modes[case % len(modes)]
         path = tmp_path / f"photo.{'tif' if mode == 'CMYK' else 'png'}"
@@ -96,10 +96,11 @@ def test_500_random_photos_stay_within_their_budget(make_pipeline, make_pixels, 
         change = largest_change(saved.pixels, original.pixels)
         if change > levels:
             violations.append(f"case {case}: {mode} {image.size}, {levels} levels, strength {strength:.2f}: {change}")
-        unused += change < min(levels, round(levels * strength) - 1)
-        alpha_changes += original.alpha is not None and not np.array_equal(saved.alpha, original.alpha)
+        idle += change == 0 and levels * strength >= 4
+        if original.alpha is not None:  # WebP leaves out an alpha that is opaque everywhere
+            alpha = np.full_like(original.alpha, 255) if saved.alpha is None else saved.alpha
+            alpha_changes += not np.array_equal(alpha, original.alpha)
         assert original.gray == (mode in ("L", "LA", "I;16", "1"))
-        assert math.isfinite(psnr(saved.pixels, original.pixels)) or strength * levels < 1.5
     assert not violations, f"{len(violations)} violations of the budget in 500 cases: {violations}"
     assert alpha_changes == 0, f"alpha changed in {alpha_changes} of 500 cases"
-    assert unused < 100, f"{unused} of 500 cases leave their budget unused, so that they show little"
+    assert idle < 5, f"nothing was added to {idle} of 500 photos, so that they show little"

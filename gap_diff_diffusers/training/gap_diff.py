@@ -229,8 +229,15 @@ class GAPDiffTrainer:
 
     def record(self, figures: dict[str, Any]) -> dict[str, Any]:
         """What stands beside the weights: config, data, steps, versions, final figures."""
+        config = asdict(self.config)
+        del config["output_dir"]
+        for key in ("train_data_dir", "encoders"):  # names, for the folders are this machine's
+            config[key] = [Path(value).name for value in config[key]]
+        config["init_from"] = self.config.init_from and Path(self.config.init_from).name
+        earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
-            "config": asdict(self.config),
+            "initial_weights": json.loads(earlier.read_text()) if earlier and earlier.is_file() else "random",
+            "config": config,
             "photos": {
                 "train": len(self.crops.squares),
                 "held_out": len(self.held_out),
