@@ -12,7 +12,8 @@ SIZE = 512
 LEVELS = 8
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure on, and where to write; of this benchmark and of `scale`."""
     parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
     parser.add_argument(
         "--encoders",
@@ -24,6 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="pipeline to measure (default: the bundled one)")
     parser.add_argument("--count", type=int, default=16, help="held-out photos to measure on (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON, too")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="of PGD's gradients; what is reported is computed in float32 (default: no)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     moved = {"random signs": _to_8_bits(images + LEVELS / 255 * signs)}
     for encoder in encoders:
-        moved[f"PGD against {encoder.name}"] = pgd(encoder, images)
+        moved[f"PGD against {encoder.name}"] = pgd(encoder, images, bf16=arguments.mixed_precision == "bf16")
     moved["this checkpoint"] = pipeline(images, LEVELS / 255, output_type="pt").images
     mean = pipeline(others, LEVELS / 255, output_type="pt").perturbation.mean(dim=0)
     moved["this checkpoint, less the mean of 100 others"] = _to_8_bits(moved["this checkpoint"] - mean)
@@ -56,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         "over PGD against that encoder": {n: ours[n] / rows[f"PGD against {n}"][n] for n in names},
         "left without the mean of 100 others": {n: list(rows.values())[-1][n] / ours[n] for n in names},
     }
-    return report(arguments, {"displacement": rows, "ratios": ratios, "photos": len(images)}, to_markdown)
+    figures = {"displacement": rows, "ratios": ratios, "photos": len(images), "pgd": arguments.mixed_precision}
+    return report(arguments, figures, to_markdown)
 
 
 def to_markdown(record: dict) -> str:
@@ -87,7 +99,7 @@ def published_displacement(encoder, clean, moved) -> float:
     return torch.cat(values).mean().item()
 
 
-def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255):
+def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255, bf16: bool = False):
     """Projected gradient ascent on each photo's own displacement, without a JPEG in its loop; result on 8 bits.
 
     The step is 1/255 on [0,1], that is 2/255 on [-1,1]. Images (N,3,H,W) in [0,1].
@@ -107,7 +119,8 @@ def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255):
         delta = (torch.rand(image.shape, generator=random_source) * 2 - 1) * step_size
         for _ in range(steps):
             delta.requires_grad_(True)
-            moved = encoder.encode_images((image + delta).clamp(0, 1))
+            with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=bf16):
+                moved = encoder.encode_images((image + delta).clamp(0, 1))
             (gradient,) = torch.autograd.grad(encoder_displacement(clean, moved).sum(), delta)
             delta = (delta.detach() + step_size * gradient.sign()).clamp(-eps, eps)
         results.append(_to_8_bits(image + delta))

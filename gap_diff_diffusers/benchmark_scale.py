@@ -5,12 +5,20 @@ A perturbation computed at 4000 px would average away when the crop is resized t
 
 import argparse
 
-from . import benchmark_displacement
-from .benchmark_displacement import LEVELS, SIZE, load, published_displacement, report, spread, table
+from .benchmark_displacement import (
+    LEVELS,
+    SIZE,
+    add_common_arguments,
+    load,
+    published_displacement,
+    report,
+    spread,
+    table,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benchmark_displacement.add_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048, 4096], help="sides of the photos")
     parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.67], help="face widths, of the photo's width"
