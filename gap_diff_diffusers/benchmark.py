@@ -10,6 +10,7 @@ import importlib
 BENCHMARKS = {  # name: (module, what it measures)
     "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
     "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),
+    "throughput": ("benchmark_throughput", "many photos through the command, beside one photo at a time"),
     "speed": ("benchmark_speed", "seconds and peak memory: the default network beside the paper's"),
 }
 

@@ -106,7 +106,7 @@ def benchmark_speed(
         # Everything that runs in another process reads its networks from here or from where they are.
         photo_path = Path(folder) / "photo.jpg"
         if {"file", "command"} & set(kinds):
-            _make_photo(photo_size, seed).save(photo_path, quality=92)
+            make_photo(photo_size, seed).save(photo_path, quality=92)
         if "command" in kinds and "config" in networks[first]:
             _load_pipeline(networks[first]).save_pretrained(Path(folder) / "checkpoint", include_remote_code=False)
         cases = [
@@ -208,7 +208,7 @@ def _prepare(case: dict) -> Callable[[], object]:
     pipe = _load_pipeline(case["network"])
     if case["kind"] == "file":
         return lambda: pipe(Image.open(case["photo"]))
-    photo = _make_photo(case["size"], case["seed"])
+    photo = make_photo(case["size"], case["seed"])
     if case["kind"] == "pipeline":
         return lambda: pipe(photo)
     import numpy as np
@@ -217,7 +217,7 @@ def _prepare(case: dict) -> Callable[[], object]:
     return torch.no_grad()(lambda: pipe.generator(images))
 
 
-def _make_photo(size: tuple[int, int], seed: int):
+def make_photo(size: tuple[int, int], seed: int):
     """A picture of smooth gradients and a little noise, as PIL."""
     import numpy as np
     from PIL import Image

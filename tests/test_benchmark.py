@@ -8,6 +8,7 @@ from PIL import Image
 
 from gap_diff_diffusers.benchmark import BENCHMARKS, add_arguments, run
 from gap_diff_diffusers.benchmark_speed import benchmark_speed, measure, take_turns, to_markdown
+from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.config import write_json
 
 TINY = {"config": {"channels": [4], "layers_per_block": [1]}}
@@ -90,3 +91,12 @@ def test_arguments_out_of_range_are_refused(arguments, message):
     assert set(BENCHMARKS) >= {"speed"}
     with pytest.raises(ValueError, match=message):
         run(parser.parse_args(["speed", *arguments]))
+
+
+def test_throughput_counts_every_way_of_doing_it(checkpoint, tmp_path, capsys):
+    arguments = ["--count", "2", "--size", "32", "--starts", "1", "--checkpoint", checkpoint]
+    assert main(["benchmark", "throughput", *arguments, "--output", str(tmp_path / "t.json")]) == 0
+    record = json.loads((tmp_path / "t.json").read_text())
+    assert set(record["seconds"]) == {"command", "one start", "overlapped", "one at a time"}
+    assert all(seconds > 0 for seconds in record["seconds"].values())
+    assert "2 photos of 32x32" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_diff_diffusers import benchmark_displacement, benchmark_scale, benchmark_speed
+from gap_diff_diffusers import benchmark_displacement, benchmark_scale, benchmark_speed, benchmark_throughput
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "gap_diff_diffusers" / "checkpoints" / "gap-diff" / "figures"
@@ -21,6 +21,7 @@ def record(name):
         ("displacement", benchmark_displacement, ("README.md", "model_card.md")),
         ("scale", benchmark_scale, ("README.md", "model_card.md")),
         ("speed", benchmark_speed, ("README.md",)),
+        ("throughput", benchmark_throughput, ("README.md",)),
     ],
 )
 def test_tables_are_what_the_records_say(name, module, documents):
