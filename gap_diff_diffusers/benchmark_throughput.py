@@ -1,7 +1,7 @@
 """`gap-diff benchmark throughput`: many photos at once against one at a time.
 
-What the command saves on many photos: it starts once, and it reads the next photos and saves the previous ones while the
-network works on one.
+What the command saves on many photos: it starts once, and it reads the next photos and saves the previous ones while
+the network works on one.
 """
 
 import argparse
