@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     for encoder in encoders:
         moved[f"PGD against {encoder.name}"] = pgd(encoder, images, bf16=arguments.mixed_precision == "bf16")
     moved["this checkpoint"] = pipeline(images, LEVELS / 255, output_type="pt").images
-    mean = pipeline(others, LEVELS / 255, output_type="pt").perturbation.mean(dim=0)
+    perturbations = pipeline(others, LEVELS / 255, output_type="pt").perturbation
+    mean = perturbations.mean(dim=0)
+    common_power = (mean.square().mean() / perturbations.square().mean()).item()
     moved["this checkpoint, less the mean of 100 others"] = _to_8_bits(moved["this checkpoint"] - mean)
 
     names = [encoder.name for encoder in encoders]
@@ -68,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         "left without the mean of 100 others": {n: list(rows.values())[-1][n] / ours[n] for n in names},
     }
     figures = {"displacement": rows, "ratios": ratios, "photos": len(images), "pgd": arguments.mixed_precision}
+    figures["common_power"] = common_power
     return report(arguments, figures, to_markdown)
 
 
@@ -80,7 +83,8 @@ def to_markdown(record: dict) -> str:
     ]
     rows += [[f"ratio: {label}", *(f"{row[n]:.2f}" for n in names), ""] for label, row in record["ratios"].items()]
     title = f"Displacement after JPEG 70: mean of {record['photos']} held-out faces of 512x512 at 8 levels"
-    return table(title, ["", *names, "PSNR"], rows)
+    common = f"The mean of 100 perturbations holds {record['common_power']:.0%} of their power."
+    return table(title, ["", *names, "PSNR"], rows) + f"\n{common}\n"
 
 
 def published_displacement(encoder, clean, moved) -> float:

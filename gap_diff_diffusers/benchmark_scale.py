@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from .data import face_square, list_photos, split_held_out
-    from .images import Photo, resize_pixels
+    from .images import Photo, psnr, resize_pixels
 
     _, held_out = split_held_out(list_photos(arguments.photos))
     squares = [np.array(face_square(path)) for path in spread(held_out, arguments.count)]
@@ -49,12 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
         for share in arguments.shares:
             crop = min(size, round(2 * share * size))  # what is cut out is twice as wide as the face
             sums = {name: [0.0, 0.0] for name in names}
+            decibels = []
             for square in squares:
                 photo = surround(resize_pixels(square, crop, crop), size)
                 start = (size - crop) // 2
                 box = (slice(start, start + crop), slice(start, start + crop))
                 clean = resize_pixels(np.ascontiguousarray(photo[box]), SIZE, SIZE)
-                seen = resize_pixels(np.ascontiguousarray(protect(photo)[box]), SIZE, SIZE)
+                protected = protect(photo)
+                decibels.append(psnr(protected, photo))
+                seen = resize_pixels(np.ascontiguousarray(protected[box]), SIZE, SIZE)
                 clean, seen, reference = (_to_tensor(pixels) for pixels in (clean, seen, protect(clean)))
                 for encoder in encoders:
                     sums[encoder.name][0] += published_displacement(encoder, clean, seen)
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             kept = {name: seen / reference for name, (seen, reference) in sums.items()}
             displacement = {name: seen / len(squares) for name, (seen, _) in sums.items()}
             row = {"photo": size, "face_share": share, "crop": crop, "kept": kept, "displacement": displacement}
-            rows.append(row)
+            rows.append(row | {"psnr": sum(decibels) / len(decibels)})
     return report(arguments, {"scale": rows, "photos": len(squares)}, to_markdown)
 
 
@@ -75,11 +78,12 @@ def to_markdown(record: dict) -> str:
             f"{row['face_share']:.2f}",
             f"{row['crop']} px",
             *(f"{row['kept'][n]:.0%} ({row['displacement'][n]:.2f})" for n in names),
+            f"{row['psnr']:.1f} dB",
         ]
         for row in record["scale"]
     ]
     title = f"Displacement that is left, and its value, after JPEG 70: mean of {record['photos']} held-out faces"
-    return table(title, ["photo", "face / width", "crop", *names], rows)
+    return table(title, ["photo", "face / width", "crop", *names, "PSNR"], rows)
 
 
 def surround(square, size: int):

@@ -1,5 +1,6 @@
 """Photos to train and to measure on: which ones, held out by a fixed rule, and what is cut out of them."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
 
 
 def split_held_out(photos: Sequence[Path], every: int = 10) -> tuple[list[Path], list[Path]]:
-    """Split into photos to train on and photos held out: the first of every ten, in the order given."""
+    """Split into photos to train on and photos held out: the first of every ten, in the order given.
+
+    So the order of the folders matters: whoever measures on held-out photos names them as for training.
+    """
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
@@ -56,8 +60,18 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def load_faces(photos: Sequence[Path], size: int) -> torch.Tensor:
-    """Face squares of photos at one size: (N,3,size,size) float32 in [0,1]."""
-    return torch.stack([to_tensor(face_square(p).resize((size, size), Image.Resampling.LANCZOS)) for p in photos])
+    """Face squares of photos at one size: (N,3,size,size) float32 in [0,1]. Unreadable photos are left out.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    faces = []
+    for path in photos:
+        with contextlib.suppress(PhotoError):
+            faces.append(to_tensor(face_square(path).resize((size, size), Image.Resampling.LANCZOS)))
+    if not faces:
+        raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
+    return torch.stack(faces)
 
 
 class FaceCrops:

@@ -95,7 +95,12 @@ def read_photo(source: str | os.PathLike | Image.Image) -> Photo:
         PhotoError: missing, empty, truncated, not an image, animated, too many or too few pixels, an unknown mode.
     """
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        try:
+            return _from_pil(source)
+        except PhotoError:
+            raise
+        except _DECODING_ERRORS as error:
+            raise PhotoError(f"cannot be read, is it truncated or damaged? ({error})") from error
     path = Path(source)
     if path.is_dir():
         raise PhotoError(f"{path}: expected a photo, got a folder")
@@ -172,8 +177,11 @@ def _from_pil(image: Image.Image) -> Photo:
             raise PhotoError("expected values of at most 16 bits, got a 32-bit image; convert it to 8 bits first")
         if isinstance(transparent, int):
             alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
-        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-        sixteen_bits = True
+        # Mode I is what Pillow makes of 16-bit files, and of 8-bit pictures that were converted to it.
+        sixteen_bits = bool(sixteen_bits) or image.mode != "I" or bool(values.max() > 255)
+        if sixteen_bits:
+            values = (values.astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "CMYK":
         image, icc_profile = _cmyk_to_srgb(image, icc_profile), None
         notes.append("CMYK became sRGB")

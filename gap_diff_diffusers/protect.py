@@ -38,10 +38,11 @@ from .images import (
 )
 
 SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}  # of a format; the first is what we write
+DONE_AT_MOST = 24  # mean levels by which a finished output may differ from its input; another picture differs by more
 PIXELS_IN_FLIGHT = 75_000_000  # three photos of 24 megapixels; one photo may have more
 LIMITS = (
-    "Protected photos are harder to learn a face from, not impossible: a determined attacker can weaken the "
-    "protection, and copies of the originals that are already public stay unprotected."
+    "Protected photos are made to mislead the image encoders of generative models. That is no guarantee: who knows "
+    "the method can weaken it, and copies of the originals that are already public stay as they are."
 )
 
 
@@ -160,6 +161,9 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         report=arguments.report,
     )
+    for file in work.files:
+        if file.status == "skipped":
+            _check_done(file)
     settings = Settings(
         budget=arguments.budget,
         strength=arguments.strength,
@@ -192,6 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.report is not None:
             device = str(loaded["pipeline"].device) if loaded else None
             report = make_report(work, settings, arguments, device, seconds, interrupted=interrupted)
+            Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.report, report)
     if interrupted:
         return 130
@@ -404,8 +409,28 @@ def _check_is_not_original(target: Path, originals: dict[tuple[int, int], str]) 
             )
 
 
+def _check_done(file: PhotoFile) -> None:
+    """Fail a photo that would be skipped, if what lies at its output is anything but a protected version of it.
+
+    A protected photo has its size, and differs a little. Whoever posts an unprotected photo because a file of that
+    name was there is worse off than without the command.
+    """
+    try:
+        original, existing = read_photo(file.input).pixels, read_photo(file.output).pixels
+    except PhotoError as error:
+        file.fail(str(error))
+        return
+    same_size = existing.shape == original.shape
+    change = np.abs(existing.astype(np.int16) - original).mean() if same_size else math.inf
+    if not 0 < change <= DONE_AT_MOST:
+        what = "an unprotected copy of it" if change == 0 else "another picture"
+        file.fail(f"{file.output} exists and is {what}; move it away, or write it again with --overwrite")
+
+
 def _check_report(report: str, originals: dict[tuple[int, int], str], targets: list[Path]) -> None:
-    if os.path.isdir(report) or not os.path.isdir(Path(report).resolve().parent):
+    folder = Path(report).resolve().parent
+    made = {parent for target in targets for parent in target.resolve().parents}
+    if os.path.isdir(report) or not (folder.is_dir() or folder in made):
         raise ValueError(f"--report {report}: expected a file to write in a folder that exists")
     if os.path.lexists(report):
         _check_is_not_original(Path(report), originals)
@@ -576,6 +601,8 @@ def _measure(file: PhotoFile, saved: Photo, original: Photo, protected: Photo, s
     """Measure what was saved, and refuse it where a lossless file breaks the promise."""
     change = largest_change(saved.pixels, original.pixels)
     if settings.quality is None:
+        if change == 0:
+            raise PhotoError("nothing changes at this budget and strength; raise --strength or --budget; not saved")
         if change > file.budget:
             raise PhotoError(f"the saved file differs by {change} levels, expected at most {file.budget}; not saved")
         if not np.array_equal(_opacity(saved), _opacity(original)):

@@ -1,6 +1,6 @@
 """Upstream's weights as our folder: the numbers, and what is refused.
 
-`ReferenceUNet` is the network of METHODS.md 3's table, written for these tests with torch's own layers, so that they
+`ReferenceUNet` is the network of the paper's table, written for these tests with torch's own layers, so that they
 need no code of upstream's. `gap-diff convert --verify CHECKOUT` compares with upstream's.
 """
 

@@ -1,4 +1,4 @@
-"""The package's rules (docs/ARCHITECTURE.md): what importing it costs, who imports whom, frozen names."""
+"""The package's rules: what importing it costs, who imports whom, frozen names."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ PACKAGE = Path(gap_diff_diffusers.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go to lower layers, or stay inside one folder. What shares a layer never imports each other; the letters
-# divide layers of docs/ARCHITECTURE.md where it has to.
+# divide layers where one uses another.
 LAYERS = (
     ("images", "budget", "registry"),  # 0
     ("config",),  # 0b: writes its records as images writes photos
@@ -73,7 +73,7 @@ def test_imports_go_strictly_downward(path):
     if here in OUTSIDE:
         assert not imported_units(path)
         return
-    assert here in LAYER_OF, f"{here} has no layer yet: add it to LAYERS and to docs/ARCHITECTURE.md"
+    assert here in LAYER_OF, f"{here} has no layer yet: add it to LAYERS"
     for other in imported_units(path) - {here}:
         assert LAYER_OF[other] < LAYER_OF[here], f"{here} may not import {other}"
 

@@ -10,6 +10,7 @@ what is in neither has the default of `GAPDiffTrainingConfig`.
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,4 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -2,6 +2,10 @@
 
 Paper: GAP-Diff: Protecting JPEG-Compressed Images from Diffusion-based Facial Customization (NDSS 2025), section IV.
 
+Differences from upstream (AIASLab/GAP-Diff): the default network is another, smaller one. The paper's U-Net, which
+loads the released weights, normalizes each photo by its own statistics also within a batch, and has no dropout:
+upstream generates in train mode, so that the same photo gives another perturbation every time.
+
 This file is part of the published format: a saved pipeline names it by its module path, and a Hub repository carries a
 copy of it for `trust_remote_code=True`. So it never moves, and it imports nothing but torch and diffusers.
 """
@@ -239,6 +243,8 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
     def perturb_at_sizes(self, images: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Compute the perturbation with the photos seen at several sizes: resampled to the photos, added, and clipped.
 
+        The sum keeps the power of the strongest of its parts, so that several scales cost no more PSNR than one.
+
         Args:
             images: (N,3,H,W) in [0,1].
             sizes: heights and widths that the network takes.
@@ -247,10 +253,17 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
             (N,3,H,W) float32 in [-1,1].
         """
         total = torch.zeros(images.shape, device=images.device)
+        powers = []
         for size in sizes:
             seen = resize(images, size).clamp(0, 1).to(images.dtype)
-            total = total + resize(self(seen), images.shape[-2:])
-        return total.clamp(-1, 1)
+            part = resize(self(seen), images.shape[-2:])
+            total = total + part
+            powers.append(part.square().mean(dim=(1, 2, 3), keepdim=True))
+        total = total.clamp(-1, 1)
+        if len(sizes) > 1:
+            power = total.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+            total = total * (torch.stack(powers).amax(dim=0) / power).sqrt().clamp(max=1)
+        return total
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the perturbation, before the budget scales it.

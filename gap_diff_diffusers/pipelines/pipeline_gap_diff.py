@@ -176,6 +176,11 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         seen = np.stack([resize_pixels(photo.pixels, *sizes[-1]) for photo in photos])
         images = torch.from_numpy(seen).permute(0, 3, 1, 2).to(device=device, dtype=torch.float32).div(255).to(dtype)
         perturbation = self.generator.perturb_at_sizes(images, sizes)
+        if not perturbation.isfinite().all():
+            raise ValueError(
+                f"expected numbers from the generator, got infinity or NaN in {dtype}; are its weights damaged? "
+                "If it runs in float16, try bfloat16 or float32"
+            )
         encoded = perturbation.mul_(127).round_().add_(128).to(torch.uint8)
         return list(encoded.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 

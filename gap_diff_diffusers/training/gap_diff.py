@@ -96,6 +96,15 @@ class GAPDiffTrainingConfig:
                 "expected as many encoder_weights and encoder_crop_sizes as encoders, got "
                 f"{len(self.encoder_weights)} and {len(self.encoder_crop_sizes)} for {len(self.encoders)}"
             )
+        if len(self.scale_factors) != len(self.scale_weights):
+            raise ValueError(
+                f"expected as many scale_weights as scale_factors, got {len(self.scale_weights)} and "
+                f"{len(self.scale_factors)}"
+            )
+        if self.train_batch_size < 2:
+            raise ValueError(
+                f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared"
+            )
         if self.mixed_precision not in ("bf16", "no"):
             raise ValueError(f"expected mixed_precision 'bf16' or 'no', got {self.mixed_precision!r}")
 
@@ -113,16 +122,19 @@ class GAPDiffTrainer:
         self.train_photos, self.held_out = split_held_out(list_photos(config.train_data_dir))
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size)
         logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
+        count = max(1, config.num_validation_images)
+        self.validation_faces = load_faces(self.held_out[:: max(1, len(self.held_out) // count)][:count], 512)
         self.encoder_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.encoders = [EncoderSurrogate.from_pretrained(e).to(self.encoder_dtype) for e in config.encoders]
         self.transform: Transform = build_transform(config.transform).train()
-        torch.manual_seed(config.seed)  # the initial weights; the caller of a script owns the global seed
         if config.init_from:
             self.generator = GAPDiffGenerator.from_pretrained(config.init_from, subfolder="generator")
         else:
-            self.generator = GAPDiffGenerator(
-                channels=config.channels, layers_per_block=config.layers_per_block, downscale=config.downscale
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.generator = GAPDiffGenerator(
+                    channels=config.channels, layers_per_block=config.layers_per_block, downscale=config.downscale
+                )
         self.generator = self.generator.train().to(memory_format=torch.channels_last)
         self.ema = EMAModel(self.generator.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         self.optimizer = torch.optim.AdamW(
@@ -144,10 +156,15 @@ class GAPDiffTrainer:
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint = self.output_dir / "checkpoint.pt"
-        if resume and checkpoint.is_file():
+        if resume:
+            if not checkpoint.is_file():
+                raise ValueError(f"expected a checkpoint to resume from in {self.output_dir}, found none")
             self._load(checkpoint)
+        log_path = self.output_dir / "training_log.jsonl"
+        earlier = log_path.read_text().splitlines() if resume and log_path.is_file() else []
+        log_path.write_text("".join(line + "\n" for line in earlier if json.loads(line)["step"] <= self.step))
         progress = tqdm(total=config.max_train_steps, initial=self.step, disable=None, desc="training")
-        with open(self.output_dir / "training_log.jsonl", "a" if self.step else "w") as log:
+        with open(log_path, "a") as log:
             while self.step < config.max_train_steps:
                 figures = self.training_step(self._step_generator())
                 if not math.isfinite(figures["loss"]):
@@ -203,7 +220,7 @@ class GAPDiffTrainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Displacement after JPEG 70 and coherence of the averaged weights, on held-out faces of 512x512."""
-        images = load_faces(self.held_out[:: max(1, len(self.held_out) // self.config.num_validation_images)], 512)
+        images = self.validation_faces
         self.ema.store(self.generator.parameters())
         self.ema.copy_to(self.generator.parameters())
         was_training = self.generator.training
@@ -224,7 +241,8 @@ class GAPDiffTrainer:
         figures["held_out/rms"] = (protected - images).square().mean().sqrt().item() * 255
         count = len(images)
         share = (perturbation.mean(0).square().mean() / perturbation.square().mean()).item()
-        figures["held_out/mean_share"] = (share * count - 1) / (count - 1)  # 0 in expectation if photos share nothing
+        if count > 1:  # 0 in expectation if photos share nothing
+            figures["held_out/mean_share"] = (share * count - 1) / (count - 1)
         return figures
 
     def record(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +251,8 @@ class GAPDiffTrainer:
         del config["output_dir"]
         for key in ("train_data_dir", "encoders"):  # names, for the folders are this machine's
             config[key] = [Path(value).name for value in config[key]]
+        architecture = self.generator.config
+        config |= {key: architecture[key] for key in ("channels", "layers_per_block", "downscale")}
         config["init_from"] = self.config.init_from and Path(self.config.init_from).name
         earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
@@ -269,6 +289,7 @@ class GAPDiffTrainer:
         torch.save(
             {
                 "step": self.step,
+                "config": json.dumps(asdict(self.config)),
                 "generator": self.generator.state_dict(),
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -280,6 +301,10 @@ class GAPDiffTrainer:
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
+        settings, saved = json.loads(json.dumps(asdict(self.config))), json.loads(state["config"])
+        changed = [key for key in settings if settings[key] != saved.get(key) and key != "output_dir"]
+        if changed:
+            raise ValueError(f"{path} is of a run with another {', '.join(changed)}; resume with the settings it had")
         self.generator.load_state_dict(state["generator"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

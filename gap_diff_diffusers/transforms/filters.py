@@ -48,8 +48,9 @@ class GaussianBlur(Transform):
 def _interpolate(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if (height, width) == tuple(images.shape[-2:]):
         return images
-    # Bicubic overshoots at edges.
-    return clip(functional.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False))
+    # In float32, for torch has no other on the CPU; clipped, for bicubic overshoots at edges.
+    resized = functional.interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
+    return clip(resized.to(images.dtype))
 
 
 def _scaled(images: torch.Tensor, scale: float) -> tuple[int, int]:
