@@ -6,6 +6,7 @@ The displacement of y for x is ||E(y) - E(x)||^2 / (variance of E(x) x size), bo
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 JPEG_QUALITY = 70
 SIZE = 512
@@ -135,6 +136,10 @@ def load(arguments: argparse.Namespace):
     """The encoders and the pipeline to measure."""
     from . import EncoderSurrogate, GAPDiffProtectionPipeline
 
+    if arguments.count < 1:
+        raise ValueError(f"expected --count of at least 1, got {arguments.count}")
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise ValueError(f"expected --output in a folder that exists, got {arguments.output}; make it first")
     pipeline = (
         GAPDiffProtectionPipeline.from_pretrained(arguments.checkpoint)
         if arguments.checkpoint

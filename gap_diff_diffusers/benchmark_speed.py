@@ -329,6 +329,11 @@ def to_markdown(record: dict) -> str:
         "of a fresh process that does it once, Python and its libraries included.",
         *(f"{name}: {_network_note(network)}." for name, network in record["networks"].items()),
     ]
+    if "paper" in names:
+        notes.append(
+            "pipe(photo): the paper's network computes at its native 512 px whatever the photo's size; the default "
+            "one at up to three scales of the photo, the finest 2560 px."
+        )
     if any(row["cold"] and row["kind"] != "command" and "error" not in row for row in record["rows"]):
         notes.append(f"\\* one run without warm-up, as it takes over {record['long_run_seconds']} s.")
     notes += [f"{row['network']}, {row['kind']}: {row['error']}" for row in record["rows"] if "error" in row]
