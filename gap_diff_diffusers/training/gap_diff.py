@@ -43,6 +43,8 @@ class GAPDiffTrainingConfig:
         channels, layers_per_block, downscale: of `GAPDiffGenerator`.
         eps: the budget on [0,1].
         rms: root mean square of the perturbation, in levels, above which it costs (6.4 is a PSNR of 32 dB).
+        final_psnr: after training the network's last layer is scaled so that photos of the training set have this mean
+            PSNR in dB; None leaves it as it is. The loss above only keeps most photos a little below `rms`.
         rms_weight, coherence_weight: weights of these losses; the displacement's is 1.
         transform: what happens to the photos before the encoders, for `build_transform`.
         scale_factors: the perturbation is computed on the photo scaled by these and resampled; each entry is a list of
@@ -65,6 +67,7 @@ class GAPDiffTrainingConfig:
     downscale: int = 2
     eps: float = 8 / 255
     rms: float = 6.1
+    final_psnr: float | None = None
     rms_weight: float = 4.0
     coherence_weight: float = 2.5
     transform: Any = field(
@@ -180,7 +183,11 @@ class GAPDiffTrainer:
                     self._save(checkpoint)
         progress.close()
         self.ema.copy_to(self.generator.parameters())
-        return self.generator.eval()
+        self.generator.eval()
+        if config.final_psnr is not None:
+            photos = self.train_photos[:: max(1, len(self.train_photos) // 48)]
+            scale_to_psnr(self.generator, load_faces(photos, 512), eps=config.eps, psnr=config.final_psnr)
+        return self.generator
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -310,6 +317,33 @@ class GAPDiffTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+
+
+@torch.no_grad()
+def scale_to_psnr(generator: GAPDiffGenerator, images: torch.Tensor, *, eps: float, psnr: float) -> float:
+    """Scale the last layer, before its tanh, so that photos (N,3,H,W) have this mean PSNR in dB; returns the factor.
+
+    Raises:
+        ValueError: no factor from 1/4 to 4 does.
+    """
+    layer = generator.network.conv_out
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+
+    def measure(factor: float) -> float:
+        layer.weight.copy_(weight * factor)
+        layer.bias.copy_(bias * factor)
+        protected = [(x + generator(x[None])[0] * eps).clamp(0, 1).mul(255).round() / 255 for x in images]
+        errors = torch.stack([(y - x).square().mean() for x, y in zip(images, protected)])
+        return (-10 * errors.log10()).mean().item()
+
+    low, high = 0.25, 4.0
+    if not measure(high) <= psnr <= measure(low):
+        raise ValueError(f"expected a final_psnr that this generator can have at its budget, got {psnr} dB")
+    for _ in range(8):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if measure(middle) > psnr else (low, middle)
+    measure(low)
+    return low
 
 
 def _random_crop(size: Sequence[int], side: int, generator: torch.Generator) -> tuple:
