@@ -15,7 +15,7 @@ from test_surrogates import sana_like
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
 from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
 from gap_diff_diffusers.images import Photo
-from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig, scale_to_psnr
+from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
 
 ROOT = Path(__file__).parents[1]
@@ -132,18 +132,6 @@ def test_what_training_composes_is_what_the_pipeline_adds():
     difference = torch.from_numpy(protected).permute(2, 0, 1) - expected[0]
     assert difference.abs().max() <= 1  # 8-bit rounding of photo, perturbation and result
     assert np.abs(protected.astype(int) - pixels).max() == 8
-
-
-def test_the_last_layer_is_scaled_to_a_psnr_on_the_safe_side():
-    torch.manual_seed(0)
-    generator = GAPDiffGenerator(channels=(8, 8), layers_per_block=(1, 1)).eval()
-    generator.network.conv_out.weight.data.mul_(20)
-    images = torch.rand(3, 3, 48, 48)
-    scale_to_psnr(generator, images, eps=8 / 255, psnr=33.0)
-    errors = generator(images).mul(8 / 255).add(images).clamp(0, 1).sub(images).square().mean(dim=(1, 2, 3))
-    assert 33.0 - 0.02 <= (-10 * errors.log10()).mean().item() <= 33.0 + 0.3
-    with pytest.raises(ValueError, match="20 dB"):
-        scale_to_psnr(generator, images, eps=8 / 255, psnr=20)
 
 
 def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder, tmp_path):

@@ -144,9 +144,12 @@ class CompactUNet(nn.Module):
 
     patch_size = 4
 
-    def __init__(self, channels: tuple[int, ...], layers_per_block: tuple[int, ...], downscale: int):
+    def __init__(
+        self, channels: tuple[int, ...], layers_per_block: tuple[int, ...], downscale: int, output_gain: float
+    ):
         super().__init__()
         self.downscale = downscale
+        self.output_gain = output_gain
         patch_channels = 3 * self.patch_size**2
         self.conv_in = nn.Conv2d(patch_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -186,7 +189,7 @@ class CompactUNet(nn.Module):
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
         perturbation = torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
         size = (perturbation.shape[-2] * self.downscale, perturbation.shape[-1] * self.downscale)
-        perturbation = resize(perturbation, size).clamp(-1, 1).to(images.dtype)
+        perturbation = (self.output_gain * resize(perturbation, size)).clamp(-1, 1).to(images.dtype)
         top = left = margin * self.downscale
         return perturbation[..., top : top + height, left : left + width]
 
@@ -200,6 +203,8 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         channels: widths. Compact: one per level, finest first. Paper: one number, 64 in the paper.
         layers_per_block: compact only: residual blocks per level, the last number in the middle.
         downscale: compact only: the network works at 1/downscale of the resolution.
+        output_gain: compact only: factor after the enlargement to the photo's resolution, which softens the
+            perturbation's finest detail; what then exceeds 1 is clipped.
         native_size: side in pixels at which the network was trained to see a face crop; the pipeline computes the
             perturbation of a bigger photo at scales that fit.
         scale_range: how many times longer than the smallest crop that is to be protected a photo may be. 1, as for the
@@ -217,6 +222,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         channels: tuple[int, ...] = (96, 160, 192),
         layers_per_block: tuple[int, ...] = (1, 1, 1),
         downscale: int = 2,
+        output_gain: float = 1.0,
         native_size: int = 512,
         scale_range: float = 5.0,
     ):
@@ -226,7 +232,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"expected as many channels as layers_per_block, got {list(channels)} and {list(layers_per_block)}"
                 )
-            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale)
+            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale, output_gain)
         elif architecture == "paper":
             if len(channels) != 1:
                 raise ValueError(f"expected channels of one number for the paper's U-Net ([64]), got {list(channels)}")

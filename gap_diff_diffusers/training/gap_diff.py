@@ -40,11 +40,10 @@ class GAPDiffTrainingConfig:
             encoder sees less.
         output_dir: gets the pipeline, the training record, the log and the checkpoints.
         init_from: folder of a pipeline to start from, or None for random weights.
-        channels, layers_per_block, downscale: of `GAPDiffGenerator`.
+        channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
+        output_gain: of `GAPDiffGenerator`, also with `init_from`.
         eps: the budget on [0,1].
         rms: root mean square of the perturbation, in levels, above which it costs (6.4 is a PSNR of 32 dB).
-        final_psnr: after training the network's last layer is scaled so that photos of the training set have this mean
-            PSNR in dB; None leaves it as it is. The loss above only keeps most photos a little below `rms`.
         rms_weight, coherence_weight: weights of these losses; the displacement's is 1.
         transform: what happens to the photos before the encoders, for `build_transform`.
         scale_factors: the perturbation is computed on the photo scaled by these and resampled; each entry is a list of
@@ -65,9 +64,9 @@ class GAPDiffTrainingConfig:
     channels: tuple[int, ...] = (96, 160, 192)
     layers_per_block: tuple[int, ...] = (1, 1, 1)
     downscale: int = 2
+    output_gain: float = 1.0
     eps: float = 8 / 255
     rms: float = 6.1
-    final_psnr: float | None = None
     rms_weight: float = 4.0
     coherence_weight: float = 2.5
     transform: Any = field(
@@ -131,12 +130,17 @@ class GAPDiffTrainer:
         self.encoders = [EncoderSurrogate.from_pretrained(e).to(self.encoder_dtype) for e in config.encoders]
         self.transform: Transform = build_transform(config.transform).train()
         if config.init_from:
-            self.generator = GAPDiffGenerator.from_pretrained(config.init_from, subfolder="generator")
+            self.generator = GAPDiffGenerator.from_pretrained(
+                config.init_from, subfolder="generator", output_gain=config.output_gain
+            )
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 self.generator = GAPDiffGenerator(
-                    channels=config.channels, layers_per_block=config.layers_per_block, downscale=config.downscale
+                    channels=config.channels,
+                    layers_per_block=config.layers_per_block,
+                    downscale=config.downscale,
+                    output_gain=config.output_gain,
                 )
         self.generator = self.generator.train().to(memory_format=torch.channels_last)
         self.ema = EMAModel(self.generator.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
@@ -183,11 +187,7 @@ class GAPDiffTrainer:
                     self._save(checkpoint)
         progress.close()
         self.ema.copy_to(self.generator.parameters())
-        self.generator.eval()
-        if config.final_psnr is not None:
-            photos = self.train_photos[:: max(1, len(self.train_photos) // 48)]
-            scale_to_psnr(self.generator, load_faces(photos, 512), eps=config.eps, psnr=config.final_psnr)
-        return self.generator
+        return self.generator.eval()
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -317,33 +317,6 @@ class GAPDiffTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
-
-
-@torch.no_grad()
-def scale_to_psnr(generator: GAPDiffGenerator, images: torch.Tensor, *, eps: float, psnr: float) -> float:
-    """Scale the last layer, before its tanh, so that photos (N,3,H,W) have this mean PSNR in dB; returns the factor.
-
-    Raises:
-        ValueError: no factor from 1/4 to 4 does.
-    """
-    layer = generator.network.conv_out
-    weight, bias = layer.weight.clone(), layer.bias.clone()
-
-    def measure(factor: float) -> float:
-        layer.weight.copy_(weight * factor)
-        layer.bias.copy_(bias * factor)
-        protected = [(x + generator(x[None])[0] * eps).clamp(0, 1).mul(255).round() / 255 for x in images]
-        errors = torch.stack([(y - x).square().mean() for x, y in zip(images, protected)])
-        return (-10 * errors.log10()).mean().item()
-
-    low, high = 0.25, 4.0
-    if not measure(high) <= psnr <= measure(low):
-        raise ValueError(f"expected a final_psnr that this generator can have at its budget, got {psnr} dB")
-    for _ in range(8):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if measure(middle) > psnr else (low, middle)
-    measure(low)
-    return low
 
 
 def _random_crop(size: Sequence[int], side: int, generator: torch.Generator) -> tuple:
