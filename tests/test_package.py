@@ -24,7 +24,8 @@ LAYERS = (
     ("finetuning",),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3
     ("pipelines",),  # 4
-    ("hub", "benchmark", "report", "convert", "protect"),  # 4b: subcommands, which use the pipelines
+    ("hub", "report", "convert", "protect"),  # 4b: subcommands, which use the pipelines
+    ("benchmark",),  # 4c: measures them
     ("cli",),  # 5
     ("__main__",),
 )
