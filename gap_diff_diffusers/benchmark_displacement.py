@@ -70,8 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         "over PGD against that encoder": {n: ours[n] / rows[f"PGD against {n}"][n] for n in names},
         "left without the mean of 100 others": {n: list(rows.values())[-1][n] / ours[n] for n in names},
     }
-    figures = {"displacement": rows, "ratios": ratios, "photos": len(images), "pgd": arguments.mixed_precision}
-    figures["common_power"] = common_power
+    figures = {
+        "displacement": rows,
+        "ratios": ratios,
+        "photos": len(images),
+        "pgd": arguments.mixed_precision,
+        "common_power": common_power,
+    }
     return report(arguments, figures, to_markdown)
 
 
@@ -134,17 +139,14 @@ def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255, bf16: b
 
 def load(arguments: argparse.Namespace):
     """The encoders and the pipeline to measure."""
-    from . import EncoderSurrogate, GAPDiffProtectionPipeline
+    from .protect import load_pipeline
+    from .surrogates.encoder import EncoderSurrogate
 
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise ValueError(f"expected --output in a folder that exists, got {arguments.output}; make it first")
-    pipeline = (
-        GAPDiffProtectionPipeline.from_pretrained(arguments.checkpoint)
-        if arguments.checkpoint
-        else GAPDiffProtectionPipeline.from_bundled()
-    )
+    pipeline = load_pipeline(arguments.checkpoint, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     return [EncoderSurrogate.from_pretrained(encoder) for encoder in arguments.encoders], pipeline
 

@@ -26,19 +26,17 @@ def folder(tmp_path_factory, make_pixels):
 
 
 @pytest.fixture
+def arguments(folder, checkpoint):
+    encoder = str(folder / "encoder.safetensors")
+    return ["--photos", str(folder), "--encoders", encoder, "--checkpoint", checkpoint]
+
+
+@pytest.fixture
 def encoder(folder):
     return EncoderSurrogate.from_pretrained(folder / "encoder.safetensors")
 
 
-def test_displacement_compares_what_it_says(folder, checkpoint, tmp_path, capsys):
-    arguments = [
-        "--photos",
-        str(folder),
-        "--encoders",
-        str(folder / "encoder.safetensors"),
-        "--checkpoint",
-        checkpoint,
-    ]
+def test_displacement_compares_what_it_says(arguments, tmp_path, capsys):
     assert main(["benchmark", "displacement", *arguments, "--count", "1", "--output", str(tmp_path / "d.json")]) == 0
     record = json.loads((tmp_path / "d.json").read_text())
     rows, ratios = record["displacement"], record["ratios"]
@@ -73,15 +71,7 @@ def test_published_displacement_compresses_both(encoder, make_pixels):
     assert published_displacement(encoder, images, images) == 0  # 0 only if the clean one is compressed, too
 
 
-def test_scale_is_the_whole_where_the_crop_is_the_photo(folder, checkpoint, tmp_path):
-    arguments = [
-        "--photos",
-        str(folder),
-        "--encoders",
-        str(folder / "encoder.safetensors"),
-        "--checkpoint",
-        checkpoint,
-    ]
+def test_scale_is_the_whole_where_the_crop_is_the_photo(arguments, tmp_path):
     arguments += ["--count", "1", "--sizes", "512", "1024", "--shares", "0.2", "0.67"]
     assert main(["benchmark", "scale", *arguments, "--output", str(tmp_path / "s.json")]) == 0
     rows = {(r["photo"], r["face_share"]): r for r in json.loads((tmp_path / "s.json").read_text())["scale"]}
