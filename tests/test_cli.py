@@ -263,7 +263,10 @@ def test_batches_give_the_same_photos(run_protect, save_photo, tmp_path):
     assert run_protect("in", "-o", "one")[0] == 0
     assert run_protect("in", "-o", "four", "--batch-size", 4)[0] == 0
     assert len(contents(tmp_path / "one")) == 12
-    assert contents(tmp_path / "one") == contents(tmp_path / "four")
+    assert contents(tmp_path / "one").keys() == contents(tmp_path / "four").keys()
+    for name in contents(tmp_path / "one"):  # floating-point rounding depends on the batch on some machines
+        one, four = (np.asarray(Image.open(tmp_path / out / name), np.int16) for out in ("one", "four"))
+        assert np.abs(one - four).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])

@@ -94,8 +94,8 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
                 default: the checkpoint's.
             strength: scales the perturbation within the budget, above 0 and up to 1.
             output_type: `"pil"`, `"np"` or `"pt"`. The latter two hold RGB only.
-            batch_size: how many photos of one size the network takes at once. More than 1 helps on a GPU; there, and
-                there only, floating-point rounding may then depend on it.
+            batch_size: how many photos of one size the network takes at once. More than 1 helps on a GPU. By
+                floating-point rounding, single values may then differ by a level.
             return_dict: `False` for a plain tuple.
 
         Raises:
