@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .data import list_photos, load_faces, split_held_out
 
+    encoders, pipeline = load(arguments)
     train, held_out = split_held_out(list_photos(arguments.photos))
     images = load_faces(spread(held_out, arguments.count), SIZE)
     others = load_faces(spread(train, 100), SIZE)
-    encoders, pipeline = load(arguments)
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     moved = {"random signs": _to_8_bits(images + LEVELS / 255 * signs)}

@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from .data import face_square, list_photos, split_held_out
     from .images import Photo, psnr, resize_pixels
 
+    encoders, pipeline = load(arguments)
     _, held_out = split_held_out(list_photos(arguments.photos))
     squares = [np.array(face_square(path)) for path in spread(held_out, arguments.count)]
-    encoders, pipeline = load(arguments)
     names = [encoder.name for encoder in encoders]
 
     def protect(pixels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__
 
-LIBRARIES = ("torch", "diffusers", "numpy", "pillow")
+LIBRARIES = ("torch", "diffusers", "kornia", "numpy", "pillow", "safetensors")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) -> None:

@@ -202,3 +202,25 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "learning_rat" in refused.stderr and "learning_rate" in refused.stderr
+
+
+def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, tmp_path):
+    for seed, name in enumerate(("first", "second")):
+        make_pipeline(seed).save_pretrained(tmp_path / name)
+        (tmp_path / name / "training_record.json").write_text(json.dumps({"seed": seed}))
+    command = [sys.executable, str(ROOT / "training_scripts" / "average_checkpoints.py"), "first", "second"]
+    command += ["--share", "0.25", "--output_gain", "1.5", "--output_dir", "averaged"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, averaged = (
+        GAPDiffGenerator.from_pretrained(tmp_path / name, subfolder="generator")
+        for name in ("first", "second", "averaged")
+    )
+    assert averaged.config.output_gain == 1.5
+    for name, parameter in averaged.named_parameters():
+        expected = 0.75 * first.get_parameter(name) + 0.25 * second.get_parameter(name)
+        torch.testing.assert_close(parameter, expected)
+    record = json.loads((tmp_path / "averaged" / "training_record.json").read_text())
+    assert record["second"] == {"seed": 1} and record["average"]["share_of_the_second"] == 0.25
+    refused = subprocess.run([*command, "--share", "2"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode != 0 and "from 0 to 1, got 2" in refused.stderr

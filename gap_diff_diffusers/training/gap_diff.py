@@ -282,7 +282,7 @@ class GAPDiffTrainer:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
 
     def _draw_factors(self, generator: torch.Generator) -> list[float]:
-        weights = torch.tensor(self.config.scale_weights)
+        weights = torch.tensor(self.config.scale_weights, dtype=torch.float32)
         entry = self.config.scale_factors[int(torch.multinomial(weights, 1, generator=generator))]
         position = torch.rand((), generator=generator).item()
         return [low * (high / low) ** position for low, high in entry]
