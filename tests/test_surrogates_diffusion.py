@@ -207,6 +207,15 @@ FAMILIES = {
 EACH_ARCHITECTURE = ["sd-epsilon", "sd-v", "sdxl", "sd3", "flux-dev"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors as small as these take longer to share among threads than to compute, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """family -> the folder of its saved pipeline."""
@@ -660,15 +669,17 @@ def test_models_on_the_hub_load_by_revision_and_what_is_gone_names_what_lives(fo
         hub.add_folder("org/model", folder("sd-epsilon"), revision="v1")
         hub.add_folder("org/model", folder("sd-v"))
         hub.add_folder("org/no-model", folder("sd3") / "scheduler")
+        hub.add_folder("org/gated", folder("sd-v"))
+        hub.repositories["org/gated"].gated = True
         worker = Worker(tmp_path / "worker", hub.url)
         for family, revision in (("sd-epsilon", "v1"), ("sd-v", None)):
             with torch.no_grad():
                 expected = load_surrogate(folder(family)).denoising_loss(images[:1], "a cat", generator=seeded())
-            # the first photo of two is the photo of one with the same seed
             assert worker.run(loss_from_hub, "org/model", revision) == pytest.approx(expected.item(), rel=1e-5)
         refused = [
             ("stabilityai/stable-diffusion-2-1-base", None, "gone.*stable-diffusion-v1-5/stable-diffusion-v1-5"),
             ("no/such/folder", None, "folder.*stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            ("org/gated", None, "accept its terms.*stable-diffusion-v1-5/stable-diffusion-v1-5"),
             ("org/model", "v2", "revision 'v2'"),
             ("org/no-model", None, "no model_index.json or config.json"),
         ]
@@ -701,9 +712,9 @@ def test_an_ensemble_is_the_weighted_mean_of_its_members(folder, images):
         images, "", noise=noise, timesteps=timesteps, sample_posterior=False
     ) + 0.25 * members[1].denoising_loss(images, "", noise=-noise, timesteps=timesteps + 100, sample_posterior=False)
     torch.testing.assert_close(ensemble.denoising_loss(images, "", **given), expected)
-    for wrong in ({"noise": noise}, {"timesteps": [timesteps]}):
+    for wrong in ({"noise": noise}, {"timesteps": [timesteps]}, {"prompt": embedding[0]}):
         with pytest.raises(ValueError, match="one entry for each of the 2 members"):
-            ensemble.denoising_loss(images, "", **wrong)
+            ensemble.denoising_loss(images, **({"prompt": ""} | wrong))
 
 
 def test_gradients_reach_the_pixels_through_every_member(folder, images):

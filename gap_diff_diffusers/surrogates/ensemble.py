@@ -79,8 +79,9 @@ class EnsembleSurrogate(Surrogate):
             ValueError: not one entry per member, or what a member raises.
         """
         count = len(self.surrogates)
-        text = isinstance(prompt, str) or all(isinstance(entry, str) for entry in prompt)
-        prompts = self.encode_prompt(prompt) if text else prompt
+        prompts = [prompt] if isinstance(prompt, PromptEmbedding) else prompt
+        if all(isinstance(entry, str) for entry in prompts):
+            prompts = self.encode_prompt(prompt)
         timesteps = [None] * count if timesteps is None else timesteps
         noise = [None] * count if noise is None else noise
         for what, entries in (("embedding", prompts), ("timesteps", timesteps), ("noise", noise)):
