@@ -9,12 +9,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EncoderSurrogate": "surrogates.encoder",
+    "EnsembleSurrogate": "surrogates.ensemble",
+    "FluxSurrogate": "surrogates.flow_matching",
     "GAPDiffDiscriminator": "models.gap_diff_discriminator",
     "GAPDiffGenerator": "models.gap_diff_generator",
     "GAPDiffProtectionPipeline": "pipelines.pipeline_gap_diff",
     "GAPDiffProtectionPipelineOutput": "pipelines.pipeline_gap_diff",
     "PhotoError": "images",
+    "PromptEmbedding": "surrogates.base",
+    "StableDiffusion3Surrogate": "surrogates.flow_matching",
+    "StableDiffusionSurrogate": "surrogates.stable_diffusion",
+    "StableDiffusionXLSurrogate": "surrogates.stable_diffusion",
+    "Surrogate": "surrogates.base",
     "encoder_displacement": "surrogates.encoder",
+    "load_surrogate": "surrogates",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -27,11 +27,12 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """Revision names to commits, commits to files. With a `token`, the repository is private."""
+    """Revision names to commits, commits to files. With a `token`, the repository is private; `gated`, closed."""
 
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Files] = field(default_factory=dict)
     token: str | None = None
+    gated: bool = False
 
     def commit(self, files: Files, revision: str = "main") -> None:
         parts = [part for path in sorted(files) for part in (path.encode(), files[path])]
@@ -89,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(repo_id)
         if repository is None or repository.token not in (None, self.token):
             return self._refuse("Repository not found", "RepoNotFound")
+        if repository.gated:
+            return self._refuse("Access to this model is restricted", "GatedRepo")
         sha = repository.branches.get(revision, revision)
         if sha not in repository.commits:
             return self._refuse(f"Invalid rev id: {revision}", "RevisionNotFound")

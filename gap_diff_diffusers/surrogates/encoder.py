@@ -6,11 +6,15 @@ An `AutoencoderKL` or `AutoencoderTiny` of diffusers, or the encoder half of one
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
 from torch import nn
+
+from .base import Surrogate, check_images, encode_latents
 
 
 class _Block(nn.Module):
@@ -69,8 +73,10 @@ def build_tiny_encoder(state_dict: dict[str, torch.Tensor]) -> nn.Sequential:
     return encoder
 
 
-class EncoderSurrogate(nn.Module):
+class EncoderSurrogate(Surrogate):
     """A frozen image encoder: `encode_images` with gradients to the pixels, never to the weights.
+
+    It has no text encoder and no denoiser: `encode_prompt` and `denoising_loss` raise ValueError.
 
     Args:
         encoder: `AutoencoderKL`, `AutoencoderTiny` or a bare tiny encoder.
@@ -78,37 +84,73 @@ class EncoderSurrogate(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, name: str):
-        super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.name = name
+        super().__init__(name)
+        self.encoder = encoder.to(memory_format=torch.channels_last)
+        self.freeze()
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, subfolder: str | None = None, **kwargs) -> "EncoderSurrogate":
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ) -> "EncoderSurrogate":
         """Load from a tiny encoder's `.safetensors` file, a folder, or a Hub id (`subfolder="vae"` for a pipeline's).
 
-        `kwargs` (such as `revision` and `token`) go to `from_pretrained` of diffusers.
+        A bare tiny encoder has nothing to checkpoint.
+
+        Raises:
+            ValueError: another kind of model.
         """
         if Path(model).is_file():
-            return cls(build_tiny_encoder(safetensors.torch.load_file(model)), Path(model).stem)
+            return cls(build_tiny_encoder(safetensors.torch.load_file(model)).to(dtype), Path(model).stem)
         from diffusers import AutoencoderKL, AutoencoderTiny
 
-        config, _ = AutoencoderKL.load_config(str(model), subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        config = AutoencoderKL.load_config(str(model), subfolder=subfolder, revision=revision, token=token)
         classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderTiny)}
         if config["_class_name"] not in classes:
             raise ValueError(
                 f"{model}: expected {' or '.join(classes)}, got {json.dumps(config['_class_name'])}; "
                 "give the folder of an image autoencoder (subfolder='vae' of a Stable Diffusion pipeline)"
             )
-        autoencoder = classes[config["_class_name"]].from_pretrained(str(model), subfolder=subfolder, **kwargs)
-        return cls(autoencoder, Path(model).name)
+        autoencoder = classes[config["_class_name"]].from_pretrained(
+            str(model),
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
+            token=token,
+            dtype=dtype,
+            use_safetensors=True,
+        )
+        surrogate = cls(autoencoder, Path(model).name)
+        if gradient_checkpointing:
+            surrogate.enable_gradient_checkpointing()
+        return surrogate
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(N,3,H,W) in [0,1] -> latents (N,C,h,w), the posterior's mean where there is one, unscaled."""
+        check_images(images)
         if isinstance(self.encoder, nn.Sequential):
-            return self.encoder(images)
-        images = images * 2 - 1
-        encoded = self.encoder.encode(images)
-        return encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+            latents = self.encoder(images.to(next(self.encoder.parameters()).dtype))
+            return latents.to(torch.promote_types(images.dtype, torch.float32))
+        return encode_latents(self.encoder, images)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> NoReturn:
+        raise self._incomplete("text encoder")
+
+    def denoising_loss(self, images: torch.Tensor, prompt: Any, **options: Any) -> NoReturn:
+        raise self._incomplete("denoiser")
+
+    def _incomplete(self, part: str) -> ValueError:
+        return ValueError(
+            f"expected a surrogate with a {part}, got {self.name}, an image encoder alone; "
+            "load_surrogate a whole pipeline, or use a method that needs the encoder only"
+        )
 
 
 def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""Stable Diffusion 1.x, 2.x and SDXL: a UNet that predicts the noise (epsilon) or the velocity (v).
+
+The loss is that of `train_dreambooth.py` and `train_dreambooth_lora_sdxl.py` of diffusers without its options (offset
+noise, SNR weights, EDM).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from .base import DiffusionSurrogate, PromptEmbedding, squared_error
+
+
+class StableDiffusionSurrogate(DiffusionSurrogate):
+    """Stable Diffusion 1.x or 2.x.
+
+    Timesteps are integers from 0 to `num_train_timesteps - 1`, drawn uniformly.
+    """
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    unused_components = DiffusionSurrogate.unused_components | {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+
+    def _training_scheduler(self, scheduler: SchedulerMixin) -> DDPMScheduler:
+        # A sampler's own timesteps are few; what it shares with training are its betas and its prediction type.
+        config = scheduler.config
+        if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{self.name}: expected a scheduler with betas that predicts epsilon or v_prediction, got "
+                f"{type(scheduler).__name__} with {config.get('prediction_type')!r}; models trained as EDM or by flow "
+                "matching have another loss"
+            )
+        return DDPMScheduler.from_config(config)
+
+    def _encode_prompts(self, prompts: list[str]) -> PromptEmbedding:
+        embeds, _ = self.pipeline.encode_prompt(prompts, self.denoiser.device, 1, False)
+        return PromptEmbedding(embeds)
+
+    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        device = self.denoiser.device if generator is None else generator.device
+        return torch.randint(0, self.num_train_timesteps, (count,), generator=generator, device=device)
+
+    def _check_timesteps(self, timesteps: torch.Tensor, count: int) -> None:
+        super()._check_timesteps(timesteps, count)
+        end = self.num_train_timesteps
+        if timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= end:
+            raise ValueError(f"expected integer timesteps from 0 to {end - 1}, got {timesteps.tolist()}")
+
+    def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, embedding: PromptEmbedding) -> torch.Tensor:
+        return self.denoiser(noisy, timesteps, embedding.prompt_embeds, return_dict=False)[0]
+
+    def _loss(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embedding: PromptEmbedding
+    ) -> torch.Tensor:
+        scheduler = self.noise_scheduler
+        prediction = self._denoise(scheduler.add_noise(latents, noise, timesteps), timesteps, embedding)
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        return squared_error(prediction, scheduler.get_velocity(latents, noise, timesteps) if velocity else noise)
+
+
+class StableDiffusionXLSurrogate(StableDiffusionSurrogate):
+    """SDXL: two text encoders, and the sizes of the photo among the UNet's conditions.
+
+    The photo counts as uncropped, and its original and its target size as the size that it has. Timesteps as for
+    `StableDiffusionSurrogate`.
+    """
+
+    pipeline_class = StableDiffusionXLPipeline
+    unused_components = DiffusionSurrogate.unused_components
+
+    def _encode_prompts(self, prompts: list[str]) -> PromptEmbedding:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.denoiser.device, do_classifier_free_guidance=False
+        )
+        return PromptEmbedding(embeds, pooled)
+
+    def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, embedding: PromptEmbedding) -> torch.Tensor:
+        height, width = (length * self.size_multiple for length in noisy.shape[-2:])
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=noisy.device, dtype=noisy.dtype)
+        conditions = {"text_embeds": embedding.pooled_prompt_embeds, "time_ids": time_ids.expand(len(noisy), -1)}
+        return self.denoiser(
+            noisy, timesteps, embedding.prompt_embeds, added_cond_kwargs=conditions, return_dict=False
+        )[0]
