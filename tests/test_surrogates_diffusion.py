@@ -338,7 +338,7 @@ def reference_sd3(folder, images, prompts, generator, scheme="logit_normal", pre
     return weighted_error(scheme, sigmas, prediction, target)
 
 
-def reference_flux(folder, images, prompts, generator, scheme="logit_normal"):
+def reference_flux(folder, images, prompts, generator, scheme="none"):
     latents, config = reference_latents(folder, images, generator)
     latents = (latents - config.shift_factor) * config.scaling_factor
     noisy, target, timesteps, sigmas = flow_inputs(folder, latents, generator, scheme)

@@ -27,8 +27,8 @@ class FlowMatchingSurrogate(DiffusionSurrogate):
     Args:
         pipeline, name: of `DiffusionSurrogate`.
         weighting_scheme: how timesteps are drawn and losses weighted, as in the examples: "logit_normal" (mean 0,
-            standard deviation 1) and "mode" draw the middle more often; "none" draws uniformly, which is what FLUX's
-            example does unless told otherwise; "sigma_sqrt" and "cosmap" draw uniformly and weight the loss.
+            standard deviation 1) and "mode" draw the middle more often; "none" draws uniformly; "sigma_sqrt" and
+            "cosmap" draw uniformly and weight the loss.
         max_sequence_length: tokens of the T5 encoder. 77 as in the examples; the pipelines generate with more.
     """
 
@@ -145,14 +145,17 @@ class FluxSurrogate(FlowMatchingSurrogate):
     """FLUX.1.
 
     Args:
+        weighting_scheme: of `FlowMatchingSurrogate`; FLUX's example draws uniformly unless told otherwise.
         guidance_scale: what the distilled models (FLUX.1-dev) are told; 3.5 as in the example. Others ignore it.
         **options: of `FlowMatchingSurrogate`.
     """
 
     pipeline_class = FluxPipeline
 
-    def __init__(self, pipeline: FluxPipeline, *, guidance_scale: float = 3.5, **options: Any):
-        super().__init__(pipeline, **options)
+    def __init__(
+        self, pipeline: FluxPipeline, *, weighting_scheme: str = "none", guidance_scale: float = 3.5, **options: Any
+    ):
+        super().__init__(pipeline, weighting_scheme=weighting_scheme, **options)
         self.guidance_scale = guidance_scale
 
     def _encode_prompts(self, prompts: list[str]) -> PromptEmbedding:
