@@ -61,3 +61,23 @@ def checkpoint(make_pipeline, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
     make_pipeline().save_pretrained(folder)
     return str(folder)
+
+
+# --- Photos to train on (test_training.py, test_surrogate_training.py) -----------------------------------------------
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with 12 portraits, half of them in a folder below, and files that are none."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for index in range(12):
+        small = Image.fromarray(random.integers(0, 255, (8, 6, 3), dtype=np.uint8))
+        path = folder / ("more" if index % 2 else ".") / f"{index}.png"
+        small.resize((240, 320), Image.Resampling.BICUBIC).save(path)
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
+    return folder

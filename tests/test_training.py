@@ -22,21 +22,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    (folder / "more").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for index in range(12):
-        small = Image.fromarray(random.integers(0, 255, (8, 6, 3), dtype=np.uint8))
-        path = folder / ("more" if index % 2 else ".") / f"{index}.png"
-        small.resize((240, 320), Image.Resampling.BICUBIC).save(path)
-    (folder / "broken.jpg").write_bytes(b"no photo")
-    (folder / ".hidden.png").write_bytes(b"")
-    (folder / "notes.txt").write_text("")
-    return folder
-
-
-@pytest.fixture
 def encoder(tmp_path):
     torch.manual_seed(0)
     safetensors.torch.save_file(sana_like(), tmp_path / "encoder.safetensors")
@@ -146,17 +131,19 @@ def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder,
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
-    whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole")).train()
+    whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole"))
+    whole.train()
 
     interrupted = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
     interrupted.output_dir.mkdir()
     for _ in range(2):
-        interrupted.training_step(interrupted._step_generator())
+        interrupted.training_step(interrupted.step_generator())
         interrupted.step += 1
-    interrupted._save(interrupted.output_dir / "checkpoint.pt")
-    resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts")).train(resume=True)
-    for name, parameter in whole.named_parameters():
-        torch.testing.assert_close(resumed.get_parameter(name), parameter, atol=1e-6, rtol=0)
+    interrupted.save_checkpoint()
+    resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
+    resumed.train(resume=True)
+    for name, parameter in whole.generator.named_parameters():
+        torch.testing.assert_close(resumed.generator.get_parameter(name), parameter, atol=1e-6, rtol=0)
 
     logs = [
         [json.loads(line) for line in (tmp_path / run / "training_log.jsonl").read_text().splitlines()]

@@ -30,10 +30,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     trainer = GAPDiffTrainer(config_from_arguments(GAPDiffTrainingConfig, arguments, arguments.config))
-    generator = trainer.train(resume=arguments.resume_from_checkpoint)
-    output_dir = Path(trainer.config.output_dir)
-    GAPDiffProtectionPipeline(generator, trainer.config.eps).save_pretrained(output_dir, include_remote_code=False)
-    write_json(output_dir / "training_record.json", trainer.record(trainer.validate()))
+    figures = trainer.train(resume=arguments.resume_from_checkpoint)
+    if trainer.accelerator.is_main_process:
+        pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
+        pipeline.save_pretrained(trainer.output_dir, include_remote_code=False)
+        write_json(trainer.output_dir / "training_record.json", trainer.record(figures))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

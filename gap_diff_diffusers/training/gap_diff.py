@@ -7,30 +7,27 @@ differentiable mixture with the real JPEG codec, and the objective is the displa
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from ..config import provenance
 from ..data import FaceCrops, list_photos, load_faces, split_held_out
 from ..models.gap_diff_generator import GAPDiffGenerator
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
 from ..transforms import RealJPEG, Transform, build_transform
+from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, excess_power_loss, log_displacement_loss
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GAPDiffTrainingConfig:
-    """Everything that a run depends on, besides the versions.
+class GAPDiffTrainingConfig(LoopConfig):
+    """Everything that a run depends on, besides the versions: this and what `LoopConfig` has.
 
     Attributes:
         train_data_dir: folders of photos; a tenth is held out (`data.split_held_out`).
@@ -38,7 +35,6 @@ class GAPDiffTrainingConfig:
         encoder_weights: how much each encoder counts in the loss.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
-        output_dir: gets the pipeline, the training record, the log and the checkpoints.
         init_from: folder of a pipeline to start from, or None for random weights.
         channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
         output_gain: of `GAPDiffGenerator`, also with `init_from`.
@@ -51,15 +47,13 @@ class GAPDiffTrainingConfig:
             others move along. [[1, 1]] is the size as it is.
         scale_weights: how often each entry is drawn.
         crop_size: side of the training crops.
-        mixed_precision: "bf16" or "no".
-        seed: of everything random; a step's draws depend on it and on the step alone.
+        num_validation_images: held-out faces to validate on.
     """
 
     train_data_dir: tuple[str, ...]
     encoders: tuple[str, ...]
     encoder_weights: tuple[float, ...]
     encoder_crop_sizes: tuple[int, ...]
-    output_dir: str
     init_from: str | None = None
     channels: tuple[int, ...] = (96, 160, 192)
     layers_per_block: tuple[int, ...] = (1, 1, 1)
@@ -79,20 +73,10 @@ class GAPDiffTrainingConfig:
     scale_factors: tuple = ([[1, 1]], [[0.3, 1.6]], [[0.7, 1.4], [1.57, 3.14]], [[0.7, 1.4], [0.31, 0.62]])
     scale_weights: tuple[float, ...] = (0.5, 0.2, 0.15, 0.15)
     crop_size: int = 192
-    train_batch_size: int = 8
-    max_train_steps: int = 8000
-    learning_rate: float = 8e-4
-    lr_warmup_steps: int = 100
-    adam_weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.998
-    mixed_precision: str = "bf16"
-    checkpointing_steps: int = 500
-    validation_steps: int = 500
     num_validation_images: int = 6
-    seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if not len(self.encoders) == len(self.encoder_weights) == len(self.encoder_crop_sizes):
             raise ValueError(
                 "expected as many encoder_weights and encoder_crop_sizes as encoders, got "
@@ -107,93 +91,51 @@ class GAPDiffTrainingConfig:
             raise ValueError(
                 f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared"
             )
-        if self.mixed_precision not in ("bf16", "no"):
-            raise ValueError(f"expected mixed_precision 'bf16' or 'no', got {self.mixed_precision!r}")
 
 
-class GAPDiffTrainer:
-    """One run: `train()` to its end, from the last checkpoint if `resume`.
+class GAPDiffTrainer(TrainingLoop):
+    """One run: `train()` to its end; `generator` then has the averaged weights.
 
     Raises:
         ValueError: no photos, an unknown transform, settings that do not fit together.
     """
 
     def __init__(self, config: GAPDiffTrainingConfig):
-        self.config = config
-        self.output_dir = Path(config.output_dir)
-        self.train_photos, self.held_out = split_held_out(list_photos(config.train_data_dir))
-        self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size)
-        logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
-        count = max(1, config.num_validation_images)
-        self.validation_faces = load_faces(self.held_out[:: max(1, len(self.held_out) // count)][:count], 512)
-        self.encoder_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        self.encoders = [EncoderSurrogate.from_pretrained(e).to(self.encoder_dtype) for e in config.encoders]
-        self.transform: Transform = build_transform(config.transform).train()
         if config.init_from:
-            self.generator = GAPDiffGenerator.from_pretrained(
+            generator = GAPDiffGenerator.from_pretrained(
                 config.init_from, subfolder="generator", output_gain=config.output_gain
             )
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                self.generator = GAPDiffGenerator(
+                generator = GAPDiffGenerator(
                     channels=config.channels,
                     layers_per_block=config.layers_per_block,
                     downscale=config.downscale,
                     output_gain=config.output_gain,
                 )
-        self.generator = self.generator.train().to(memory_format=torch.channels_last)
-        self.ema = EMAModel(self.generator.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-        self.optimizer = torch.optim.AdamW(
-            self.generator.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.adam_weight_decay,
-        )
-        self.scheduler = get_scheduler(
-            "cosine",
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        self.step = 0
-
-    def train(self, *, resume: bool = False) -> GAPDiffGenerator:
-        """Train, write checkpoints and the log, and return the generator with averaged weights, in evaluation mode."""
-        config = self.config
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint = self.output_dir / "checkpoint.pt"
-        if resume:
-            if not checkpoint.is_file():
-                raise ValueError(f"expected a checkpoint to resume from in {self.output_dir}, found none")
-            self._load(checkpoint)
-        log_path = self.output_dir / "training_log.jsonl"
-        earlier = log_path.read_text().splitlines() if resume and log_path.is_file() else []
-        log_path.write_text("".join(line + "\n" for line in earlier if json.loads(line)["step"] <= self.step))
-        progress = tqdm(total=config.max_train_steps, initial=self.step, disable=None, desc="training")
-        with open(log_path, "a") as log:
-            while self.step < config.max_train_steps:
-                figures = self.training_step(self._step_generator())
-                if not math.isfinite(figures["loss"]):
-                    raise FloatingPointError(f"the loss is {figures['loss']} at step {self.step}; lower learning_rate")
-                self.step += 1
-                progress.update()
-                progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
-                if self.step % config.validation_steps == 0 or self.step == config.max_train_steps:
-                    figures |= self.validate()
-                log.write(json.dumps({"step": self.step} | {k: round(v, 5) for k, v in figures.items()}) + "\n")
-                log.flush()
-                if self.step % config.checkpointing_steps == 0:
-                    self._save(checkpoint)
-        progress.close()
-        self.ema.copy_to(self.generator.parameters())
-        return self.generator.eval()
+        self.generator = generator.to(memory_format=torch.channels_last)
+        super().__init__(config, {"generator": self.generator})
+        self.device = self.accelerator.device
+        self.train_photos, self.held_out = split_held_out(list_photos(config.train_data_dir))
+        self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size)
+        logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
+        count = max(1, config.num_validation_images)
+        held_out = self.held_out[:: max(1, len(self.held_out) // count)][:count]
+        self.validation_faces = load_faces(held_out, 512).to(self.device)
+        precisions = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        self.encoder_dtype = precisions[config.mixed_precision]
+        self.encoders = [
+            EncoderSurrogate.from_pretrained(encoder).to(self.device, self.encoder_dtype)
+            for encoder in config.encoders
+        ]
+        self.transform: Transform = build_transform(config.transform).train()
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
         config = self.config
-        images = self.crops.sample(config.train_batch_size, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        images = self.crops.sample(config.train_batch_size, generator).to(self.device)
+        with self.accelerator.autocast():
             height, width = images.shape[-2:]
             sizes = [(round(height * factor), round(width * factor)) for factor in self._draw_factors(generator)]
             perturbation = self.generator.perturb_at_sizes(images, sizes)
@@ -202,7 +144,7 @@ class GAPDiffTrainer:
         published_clean = self.transform.apply_draw(images, draw)
         published = self.transform.apply_draw(protected, draw)
 
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         figures = {}
         for encoder, weight, size in zip(self.encoders, config.encoder_weights, config.encoder_crop_sizes):
             crop = _random_crop(published.shape[-2:], size, generator)
@@ -216,25 +158,14 @@ class GAPDiffTrainer:
         excess = excess_power_loss(perturbation * config.eps * 255, config.rms)
         loss = loss + config.coherence_weight * coherence + config.rms_weight * excess
 
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.ema.step(self.generator.parameters())
-        return figures | {"loss": loss.item(), "coherence": coherence.item(), "gradient_norm": norm.item()}
+        norm = self.update("generator", loss)
+        return figures | {"loss": loss.item(), "coherence": coherence.item(), "gradient_norm": norm}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Displacement after JPEG 70 and coherence of the averaged weights, on held-out faces of 512x512."""
+        """Displacement after JPEG 70 and coherence, on held-out faces of 512x512."""
         images = self.validation_faces
-        self.ema.store(self.generator.parameters())
-        self.ema.copy_to(self.generator.parameters())
-        was_training = self.generator.training
-        self.generator.eval()
         perturbation = torch.cat([self.generator(image[None]) for image in images])
-        self.generator.train(was_training)
-        self.ema.restore(self.generator.parameters())
         protected = ((images + perturbation * self.config.eps).clamp(0, 1) * 255).round() / 255
         publish = RealJPEG(70).eval()
         published_clean, published = publish(images), publish(protected)
@@ -277,10 +208,6 @@ class GAPDiffTrainer:
             "versions": provenance(),
         }
 
-    def _step_generator(self) -> torch.Generator:
-        # One seed per step: a resumed run draws what an uninterrupted one does.
-        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-
     def _draw_factors(self, generator: torch.Generator) -> list[float]:
         weights = torch.tensor(self.config.scale_weights, dtype=torch.float32)
         entry = self.config.scale_factors[int(torch.multinomial(weights, 1, generator=generator))]
@@ -290,33 +217,6 @@ class GAPDiffTrainer:
     def _encode(self, encoder: EncoderSurrogate, images: torch.Tensor) -> torch.Tensor:
         images = images.to(self.encoder_dtype).contiguous(memory_format=torch.channels_last)
         return encoder.encode_images(images).float()
-
-    def _save(self, path: Path) -> None:
-        temporary = path.with_suffix(".part")
-        torch.save(
-            {
-                "step": self.step,
-                "config": json.dumps(asdict(self.config)),
-                "generator": self.generator.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-            },
-            temporary,
-        )
-        temporary.replace(path)
-
-    def _load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        settings, saved = json.loads(json.dumps(asdict(self.config))), json.loads(state["config"])
-        changed = [key for key in settings if settings[key] != saved.get(key) and key != "output_dir"]
-        if changed:
-            raise ValueError(f"{path} is of a run with another {', '.join(changed)}; resume with the settings it had")
-        self.generator.load_state_dict(state["generator"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
 
 
 def _random_crop(size: Sequence[int], side: int, generator: torch.Generator) -> tuple:

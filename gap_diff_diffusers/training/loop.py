@@ -1,0 +1,285 @@
+"""The loop that every training of this package runs in: steps, checkpoints, log, averaged weights, resuming.
+
+Conventions are those of the diffusers examples: accelerate decides on device, processes, precision and trackers;
+checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
+"""
+
+import json
+import logging
+import math
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "training_log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every run has.
+
+    Attributes:
+        output_dir: gets the result, the training record, the log and the checkpoints.
+        max_train_steps: optimizer steps.
+        train_batch_size: photos per step and process.
+        learning_rate: of Adam with decoupled weight decay, at its peak.
+        lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
+        lr_warmup_steps: linear from 0.
+        adam_weight_decay: of all parameters.
+        max_grad_norm: gradients are scaled down to this norm.
+        ema_decay: of the averaged weights, which are validated and returned.
+        mixed_precision: "no", "bf16" or "fp16".
+        checkpointing_steps: a checkpoint every so many steps.
+        checkpoints_total_limit: how many checkpoints are kept, the last ones.
+        validation_steps: held-out photos are measured every so many steps, and at the end.
+        report_to: trackers of accelerate, such as "tensorboard", or "none". The log is written in any case.
+        seed: of everything random; a step's draws depend on it, on the step and on the process alone.
+    """
+
+    output_dir: str
+    max_train_steps: int = 8000
+    train_batch_size: int = 8
+    learning_rate: float = 5e-4
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 100
+    adam_weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    mixed_precision: str = "bf16"
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 500
+    report_to: str = "none"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"expected mixed_precision 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+        for name in ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected a {name} of at least 1, got {getattr(self, name)}")
+
+
+class TrainingLoop(ABC):
+    """One run. A subclass gives the networks, what a step does and what is validated.
+
+    Several networks can learn in turn; each has an optimizer and a schedule of its own. The first one is what the run
+    is for: its weights are averaged.
+
+    Networks are not wrapped for several processes: all start from the same weights, and `update` averages the
+    gradients. So a step may call any of their methods, not `forward` alone.
+
+    Args:
+        config: the settings.
+        networks: by name; moved to the device and set to training mode.
+        averaged: names of the networks whose weights are averaged; by default the first.
+    """
+
+    def __init__(self, config: LoopConfig, networks: dict[str, nn.Module], averaged: tuple[str, ...] = ()):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+        )
+        self.networks = {name: network.train().to(self.accelerator.device) for name, network in networks.items()}
+        self.emas = {
+            name: EMAModel(networks[name].parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+            for name in averaged or tuple(networks)[:1]
+        }
+        self.optimizers, self.schedulers = {}, {}
+        for name, network in self.networks.items():
+            self.optimizers[name] = torch.optim.AdamW(
+                network.parameters(),
+                lr=config.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=config.adam_weight_decay,
+            )
+            self.schedulers[name] = get_scheduler(
+                config.lr_scheduler,
+                self.optimizers[name],
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=config.max_train_steps,
+            )
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.step = 0
+
+    @abstractmethod
+    def training_step(self, generator: torch.Generator) -> dict[str, float]:
+        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log.
+
+        Those whose name starts with "loss" must be numbers, or the run stops.
+        """
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out photos, of the weights as they are: the loop puts the averaged ones in place."""
+
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Train to the end, from the last checkpoint if `resume`, and leave the averaged weights in evaluation mode.
+
+        Returns:
+            The last validation's figures.
+
+        Raises:
+            ValueError: nothing to resume from, or a checkpoint of other settings.
+            FloatingPointError: a loss that is not a number.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self.load_checkpoint(last_checkpoint(self.output_dir))
+        log_path = self.output_dir / LOG_NAME
+        if main:
+            earlier = log_path.read_text().splitlines() if resume and log_path.is_file() else []
+            log_path.write_text("".join(line + "\n" for line in earlier if json.loads(line)["step"] <= self.step))
+        self.accelerator.wait_for_everyone()
+        if config.report_to != "none":
+            self.accelerator.init_trackers("training")
+        description = type(self).__name__
+        progress = tqdm(
+            total=config.max_train_steps, initial=self.step, disable=None if main else True, desc=description
+        )
+        validated: dict[str, float] = {}
+        while self.step < config.max_train_steps:
+            figures = self.training_step(self.step_generator())
+            wrong = [n for n, value in figures.items() if n.startswith("loss") and not math.isfinite(value)]
+            if wrong:
+                raise FloatingPointError(
+                    f"{', '.join(wrong)} is {figures[wrong[0]]} at step {self.step}; lower the learning rate of "
+                    f"{config.learning_rate}, or use mixed_precision no, and resume from the last checkpoint"
+                )
+            self.step += 1
+            progress.update()
+            progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
+            if self.step % config.validation_steps == 0 or self.step == config.max_train_steps:
+                validated = self.validate_averaged()
+                figures |= validated
+            if main:
+                rounded = {key: round(value, 5) for key, value in figures.items()}
+                with open(log_path, "a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": self.step} | rounded) + "\n")
+            self.accelerator.log(figures, step=self.step)
+            if self.step % config.checkpointing_steps == 0:
+                self.save_checkpoint()
+        progress.close()
+        for name, ema in self.emas.items():
+            ema.copy_to(self.networks[name].parameters())
+        for network in self.networks.values():
+            network.eval()
+        for tracker in self.accelerator.trackers:  # not end_training, after which processes no longer talk
+            tracker.finish()
+        return validated or self.validate()
+
+    def update(self, name: str, loss: torch.Tensor) -> float:
+        """Step one network down its loss; returns the gradient's norm before it is clipped."""
+        network, optimizer = self.networks[name], self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        if self.accelerator.num_processes > 1:
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.schedulers[name].step()
+        if name in self.emas:
+            self.emas[name].step(network.parameters())
+        return norm.item()
+
+    def validate_averaged(self) -> dict[str, float]:
+        """`validate` with the averaged weights in place, in evaluation mode."""
+        for name, ema in self.emas.items():
+            ema.store(self.networks[name].parameters())
+            ema.copy_to(self.networks[name].parameters())
+            self.networks[name].eval()
+        try:
+            return self.validate()
+        finally:
+            for name, ema in self.emas.items():
+                ema.restore(self.networks[name].parameters())
+                self.networks[name].train()
+
+    def step_generator(self) -> torch.Generator:
+        """The randomness of the current step: one seed per step, so that a resumed run draws what a whole one does."""
+        process = self.accelerator.process_index
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 1009 + process)
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`, as a whole or not at all, and then drop those over the limit."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        temporary = folder.with_name(folder.name + ".part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        state = {
+            "step": self.step,
+            "config": json.dumps(asdict(self.config)),
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+        try:
+            torch.save(state, temporary / "state.pt")
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+        for old in checkpoints(self.output_dir)[: -self.config.checkpoints_total_limit]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint. `max_train_steps` is part of the schedule, so it has to be the same, too."""
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=self.accelerator.device)
+        settings, saved = json.loads(json.dumps(asdict(self.config))), json.loads(state["config"])
+        free = ("output_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit")
+        changed = [key for key in settings if settings[key] != saved.get(key) and key not in free]
+        if changed:
+            raise ValueError(
+                f"{folder} is of a run with another {', '.join(changed)}; resume with the settings it had"
+            )
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+            self.schedulers[name].load_state_dict(state["schedulers"][name])
+        for name, ema in self.emas.items():
+            ema.load_state_dict(state["emas"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        logger.info("resumed from %s", folder.name)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def last_checkpoint(output_dir: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = checkpoints(output_dir)
+    if not found:
+        raise ValueError(f"expected a checkpoint to resume from in {output_dir}, found none; start without resuming")
+    return found[-1]
