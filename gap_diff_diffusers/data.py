@@ -83,6 +83,8 @@ class FaceCrops:
     """
 
     def __init__(self, photos: Sequence[Path], *, crop_size: int, native_size: int = 512, minimum_side: int = 200):
+        if crop_size > 0.8 * native_size:
+            raise ValueError(f"expected crops of at most 0.8 x {native_size} px, got {crop_size}; cut smaller ones")
         self.crop_size, self.native_size = crop_size, native_size
         self.squares: list[Image.Image] = []
         self.skipped = 0

@@ -1,0 +1,228 @@
+"""The training loop that all trainings share, and the face model, on tiny networks and pictures made here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from test_surrogates import sana_like
+
+from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
+from gap_diff_diffusers.training.surrogate import (
+    AutoencoderTrainer,
+    DenoiserTrainer,
+    SurrogateTrainingConfig,
+    build_tokenizer,
+)
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "resolution": 64,
+    "vae_channels": (8, 8, 8, 8),
+    "vae_crop_size": 48,
+    "vae_max_train_steps": 2,
+    "vae_train_batch_size": 2,
+    "unet_channels": (8, 16),
+    "text_channels": 16,
+    "text_layers": 1,
+    "attention_heads": 2,
+    "train_batch_size": 2,
+    "max_train_steps": 2,
+    "lr_warmup_steps": 1,
+    "mixed_precision": "no",
+    "checkpointing_steps": 2,
+    "num_validation_images": 2,
+}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    torch.manual_seed(0)
+    safetensors.torch.save_file(sana_like(), tmp_path / "encoder.safetensors")
+    return str(tmp_path / "encoder.safetensors")
+
+
+def make_config(photos, output_dir, **changes):
+    return SurrogateTrainingConfig(train_data_dir=(str(photos),), output_dir=str(output_dir), **TINY | changes)
+
+
+class Line(TrainingLoop):
+    """Fits y = 3 x with one weight, from noisy draws."""
+
+    def __init__(self, config):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.line = torch.nn.Linear(1, 1, bias=False)
+        super().__init__(config, {"line": self.line})
+
+    def training_step(self, generator):
+        x = torch.randn(self.config.train_batch_size, 1, generator=generator)
+        loss = (self.line(x) - 3 * x).square().mean()
+        return {"loss": loss.item(), "gradient_norm": self.update("line", loss)}
+
+    def validate(self):
+        return {"held_out/weight": self.line.weight.item()}
+
+
+def line_config(output_dir, **changes):
+    settings = {"max_train_steps": 60, "learning_rate": 0.2, "lr_warmup_steps": 1, "mixed_precision": "no"}
+    return LoopConfig(output_dir=str(output_dir), **settings | {"checkpointing_steps": 20, "ema_decay": 0.9} | changes)
+
+
+def log_of(output_dir):
+    return [json.loads(line) for line in (output_dir / "training_log.jsonl").read_text().splitlines()]
+
+
+# --- The loop ------------------------------------------------------------------------------------------------------
+def test_the_loop_learns_logs_and_keeps_the_last_checkpoints(tmp_path):
+    loop = Line(line_config(tmp_path, validation_steps=30))
+    figures = loop.train()
+    assert figures["held_out/weight"] == pytest.approx(3, abs=0.1)
+    assert not loop.line.training
+    log = log_of(tmp_path)
+    assert [entry["step"] for entry in log] == list(range(1, 61))
+    assert [entry["step"] for entry in log if "held_out/weight" in entry] == [30, 60]
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-40", "checkpoint-60"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-40", "checkpoint-60", "training_log.jsonl"]
+
+
+def test_an_interrupted_loop_resumes_as_if_nothing_had_happened(tmp_path):
+    Line(line_config(tmp_path / "whole")).train()
+
+    class Interrupted(Line):
+        def training_step(self, generator):
+            if self.step == 45:
+                raise KeyboardInterrupt
+            return super().training_step(generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(line_config(tmp_path / "parts")).train()
+    assert [entry["step"] for entry in log_of(tmp_path / "parts")] == list(range(1, 46))
+    Line(line_config(tmp_path / "parts")).train(resume=True)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_what_a_loop_refuses(tmp_path):
+    with pytest.raises(ValueError, match="found none"):
+        Line(line_config(tmp_path)).train(resume=True)
+    Line(line_config(tmp_path)).train()
+    with pytest.raises(ValueError, match="another learning_rate, seed"):
+        Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume=True)
+    for wrong in ({"mixed_precision": "fp8"}, {"train_batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            line_config(tmp_path, **wrong)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
+    class Diverging(Line):
+        def training_step(self, generator):
+            if self.step == 25:
+                with torch.no_grad():
+                    self.line.weight.mul_(float("inf"))
+            return super().training_step(generator)
+
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 25"):
+        Diverging(line_config(tmp_path)).train()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20"]
+
+
+def test_two_processes_share_their_gradients(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_surrogate_training import Line, line_config\n"
+        "loop = Line(line_config(sys.argv[1], max_train_steps=3))\n"
+        "loop.train()\n"
+        "weights = loop.accelerator.gather(loop.line.weight.detach().flatten())\n"
+        "if loop.accelerator.is_main_process:\n"
+        "    print(json.dumps(weights.tolist()))\n"
+        "loop.accelerator.end_training()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(tmp_path / "out")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    assert first == second
+    assert len(log_of(tmp_path / "out")) == 3
+
+
+# --- The face model ------------------------------------------------------------------------------------------------
+def test_the_tokenizer_has_one_token_for_each_word_it_was_made_for():
+    tokenizer = build_tokenizer(["a photo of a person", "a dslr portrait", "sks"])
+    tokens = tokenizer("A photo of sks  person").input_ids
+    assert tokenizer.convert_ids_to_tokens(tokens) == [
+        "<|startoftext|>", "a</w>", "photo</w>", "of</w>", "sks</w>", "person</w>", "<|endoftext|>",
+    ]  # fmt: skip
+    other = "in front of eiffel tower, é!"
+    assert tokenizer.unk_token_id not in tokenizer(other).input_ids[1:-1]
+    assert tokenizer.decode(tokenizer(other).input_ids, skip_special_tokens=True).replace(" ", "") == other.replace(
+        " ", ""
+    )
+
+
+def test_every_part_of_the_autoencoders_loss_is_learned(photos, encoder, tmp_path):
+    config = make_config(
+        photos, tmp_path, feature_encoders=(encoder,), distillation_weight=1.0, vae_learning_rate=3e-3
+    )
+    trainer = AutoencoderTrainer(config)
+    first = trainer.training_step(torch.Generator().manual_seed(7))
+    for _ in range(25):
+        last = trainer.training_step(torch.Generator().manual_seed(7))
+    assert last["loss"] < 0.8 * first["loss"]
+    for name in ("pixels", "distillation/encoder", "features/encoder"):
+        assert last[name] < first[name], name
+
+
+def test_the_denoiser_learns_both_predictions(photos, tmp_path):
+    for prediction_type in ("epsilon", "v_prediction"):
+        config = make_config(photos, tmp_path, prediction_type=prediction_type, learning_rate=5e-3)
+        trainer = DenoiserTrainer(config, AutoencoderTrainer(config).vae)
+        losses = [trainer.training_step(torch.Generator().manual_seed(seed % 4))["loss"] for seed in range(40)]
+        assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+        assert trainer.pipeline.scheduler.config.prediction_type == prediction_type
+
+
+def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY))
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "training_scripts" / "train_surrogate.py"), "--config", str(config)]
+    command += ["--train_data_dir", str(photos), "--output_dir", str(out), "--feature_encoders", encoder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a photo of sks person", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3) and np.isfinite(image).all()
+    record = json.loads((out / "training_record.json").read_text())
+    assert record["photos"]["train"] == 10 and record["photos"]["held_out"] == 2
+    assert {"held_out/psnr", "held_out/loss"} <= set(record["figures"])
+    assert record["config"]["feature_encoders"] == ["encoder.safetensors"]
+    assert Image.open(out / "samples" / "2.png").size == (128, 64)
+    assert Image.open(out / "autoencoder" / "samples" / "2.png").size == (128, 128)
+
+    again = subprocess.run([*command, "--resume_from_checkpoint"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 60}, "multiple of 8"),
+        ({"prediction_type": "sample"}, "prediction_type"),
+        ({"distillation_weight": 1.0}, "feature_encoders"),
+    ],
+)
+def test_settings_that_do_not_work_are_named(photos, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(photos, tmp_path, **changes)

@@ -1,0 +1,44 @@
+"""Train a small face model from nothing and save it as a `StableDiffusionPipeline`, with its training record.
+
+    python training_scripts/train_surrogate.py --config training_scripts/configs/face_model.json \\
+        --train_data_dir portraits synthetic --feature_encoders taef2_encoder.safetensors --output_dir face-model
+
+First the autoencoder, then the denoiser; `--resume_from_checkpoint` goes on where an interrupted run stopped. Flags
+override the config file; what is in neither has the default of `SurrogateTrainingConfig`.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
+from gap_diff_diffusers.training.surrogate import SurrogateTrainingConfig, train_surrogate
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    add_config_arguments(parser, SurrogateTrainingConfig)
+    return parser.parse_args(input_args)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = config_from_arguments(SurrogateTrainingConfig, arguments, arguments.config)
+    denoiser, record = train_surrogate(config, resume=arguments.resume_from_checkpoint)
+    if denoiser.accelerator.is_main_process:
+        denoiser.pipeline.to(dtype=torch.float16).save_pretrained(config.output_dir)
+        write_json(Path(config.output_dir) / "training_record.json", record)
+    denoiser.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
