@@ -77,15 +77,26 @@ def load_faces(photos: Sequence[Path], size: int) -> torch.Tensor:
 class FaceCrops:
     """Random crops of face squares, as an attacker would see them at about `native_size`.
 
-    The square is scaled to between 0.8 and 1.2 times `native_size`, `crop_size` pixels are cut from it, half of them
-    mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left out,
-    and counted in `skipped`.
+    The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
+    them mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left
+    out, and counted in `skipped`.
     """
 
-    def __init__(self, photos: Sequence[Path], *, crop_size: int, native_size: int = 512, minimum_side: int = 200):
-        if crop_size > 0.8 * native_size:
-            raise ValueError(f"expected crops of at most 0.8 x {native_size} px, got {crop_size}; cut smaller ones")
-        self.crop_size, self.native_size = crop_size, native_size
+    def __init__(
+        self,
+        photos: Sequence[Path],
+        *,
+        crop_size: int,
+        native_size: int = 512,
+        scales: tuple[float, float] = (0.8, 1.2),
+        minimum_side: int = 200,
+    ):
+        if not 0 < crop_size <= scales[0] * native_size:
+            raise ValueError(
+                f"expected crops of at most {scales[0]} x {native_size} px, got {crop_size}; cut smaller ones, or "
+                "scale the photos less"
+            )
+        self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
         self.squares: list[Image.Image] = []
         self.skipped = 0
         for path in photos:
@@ -110,7 +121,8 @@ class FaceCrops:
     def _crop(self, draws: list[float]) -> torch.Tensor:
         which, scale, left, top, mirrored = draws
         square = self.squares[int(which * len(self.squares))]
-        side = square.width * self.crop_size / (self.native_size * (0.8 + 0.4 * scale))
+        low, high = self.scales
+        side = square.width * self.crop_size / (self.native_size * (low + (high - low) * scale))
         x, y = left * (square.width - side), top * (square.width - side)
         box = (x, y, x + side, y + side)
         crop = square.resize((self.crop_size, self.crop_size), Image.Resampling.BICUBIC, box=box)

@@ -11,12 +11,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 from test_surrogates import sana_like
+from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
 from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
+from gap_diff_diffusers.training.loop import last_checkpoint
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
+from gap_diff_diffusers.transforms import build_transform
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +133,98 @@ def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder,
     assert all(torch.equal(v, before[k]) for k, v in trainer.encoders[0].state_dict().items())
 
 
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    FAMILIES["sd-epsilon"]().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def diffusion_config(photos, model, output_dir, **changes):
+    settings = {"encoders": (), "encoder_weights": (), "encoder_crop_sizes": (), "surrogates": (model,)}
+    settings |= {"surrogate_weights": (1.0,), "surrogate_resolutions": (512,), "surrogate_learning_rates": (0.0,)}
+    settings |= {"coherence_weight": 0.0, "rms_weight": 0.0, "transform": "identity", "scale_factors": ([[1, 1]],)}
+    return make_config(photos, None, output_dir, **settings | {"scale_weights": (1.0,)} | changes)
+
+
+def seeded():
+    return torch.Generator().manual_seed(7)
+
+
+def test_against_a_diffusion_model_the_loss_is_minus_its_own(photos, model, tmp_path):
+    trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", learning_rate=3e-3))
+    weights = [parameter.clone() for parameter in trainer.surrogates[0].parameters()]
+    first = trainer.training_step(seeded())
+    assert first["loss"] == pytest.approx(-first["denoising/model"])
+    for _ in range(15):
+        last = trainer.training_step(seeded())
+    assert last["denoising/model"] > first["denoising/model"]
+    for before, after in zip(weights, trainer.surrogates[0].parameters(), strict=True):
+        assert torch.equal(before, after) and not after.requires_grad
+
+
+def test_stages_weigh_protected_and_preprocessed_photos(photos, model, tmp_path):
+    config = diffusion_config(photos, model, tmp_path, stages=([0.5, 0.0, 1.0], [1.0, 0.6, 0.4]), max_train_steps=4)
+    trainer = GAPDiffTrainer(config)
+    for step in range(4):
+        trainer.step = step
+        figures = trainer.training_step(seeded())
+        expected = -figures["denoising/model"]
+        if step >= 2:
+            expected = 0.4 * expected - 0.6 * figures["protected/denoising/model"]
+        assert figures["loss"] == pytest.approx(expected)
+        assert ("protected/denoising/model" in figures) is (step >= 2)
+
+
+def test_noise_timesteps_and_resolution_are_as_asked_for(photos, model, tmp_path):
+    def loss(**changes):
+        return GAPDiffTrainer(diffusion_config(photos, model, tmp_path, **changes))._denoising_loss(
+            0, torch.full((2, 3, 64, 64), 0.5), seeded()
+        )
+
+    plain = loss()
+    assert loss() == plain
+    for changes in ({"noise": "uniform"}, {"timestep_weighting": "linear"}, {"surrogate_resolutions": (256,)}):
+        assert abs(loss(**changes) - plain) > 1e-3, changes
+    # Uniform noise has a mean square of 1/3, Gaussian of 1; an untrained denoiser predicts nearly nothing.
+    assert loss(noise="uniform") < 0.6 * plain
+
+
+@pytest.mark.parametrize("judged", ["protected", "preprocessed"])
+def test_the_discriminator_learns_to_tell_and_the_generator_hears_of_it(photos, model, tmp_path, judged):
+    settings = {"gan_weight": 0.5, "discriminator_input": judged, "learning_rate": 2e-3}
+    trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", **settings))
+    figures = [trainer.training_step(seeded()) for _ in range(15)]
+    assert figures[0]["loss"] == pytest.approx(0.5 * figures[0]["loss/gan"] - figures[0]["denoising/model"])
+    assert figures[-1]["loss/discriminator"] < figures[0]["loss/discriminator"]
+
+
+def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_checkpoint(photos, model, tmp_path):
+    changes = {"surrogate_learning_rates": (1e-3,), "surrogate_learning_steps": 2, "checkpointing_steps": 3}
+    trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", max_train_steps=3, **changes))
+    before = [parameter.clone() for parameter in trainer.surrogates[0].denoiser.parameters()]
+    trainer.train()
+    log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
+    assert ["learned/model" in entry for entry in log] == [True, False, True]
+    learned = list(trainer.surrogates[0].denoiser.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
+    assert not any(parameter.requires_grad for parameter in trainer.surrogates[0].parameters())
+    again = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", max_train_steps=3, **changes))
+    again.load_checkpoint(last_checkpoint(tmp_path / "run"))
+    for old, new in zip(learned, again.surrogates[0].denoiser.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training_scripts" / "configs").glob("gap_diff*.json")), ids=str)
+def test_the_configs_that_ship_are_valid(path):
+    settings = json.loads(path.read_text())
+    names = {"encoders": ("a", "b")} if "encoder_weights" in settings else {}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    config = GAPDiffTrainingConfig(train_data_dir=("photos",), output_dir="out", **names | settings)
+    build_transform(config.transform)
+    assert all(isinstance(name, str) for name in config.surrogates)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
     whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole"))
     whole.train()
@@ -161,6 +256,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"mixed_precision": "fp8"}, "mixed_precision"),
         ({"transform": "jpgg"}, "jpgg"),
         ({"train_data_dir": ("nowhere",)}, "nowhere"),
+        ({"surrogates": ("model",)}, "as many surrogate_weights as surrogates"),
+        ({"encoders": (), "encoder_weights": (), "encoder_crop_sizes": ()}, "got neither"),
+        ({"noise": "pink"}, "gaussian or uniform"),
+        ({"stages": ([0.5, 0, 1],)}, "the last to end at 1"),
+        ({"crop_size": 500}, "at most"),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):

@@ -167,6 +167,12 @@ class DiffusionSurrogate(Surrogate):
         """Height and width of the photos must be multiples of this."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def latent_shape(self, images: torch.Tensor) -> tuple[int, int, int, int]:
+        """The shape of these photos' latents, and so of the noise that is added to them."""
+        config = self.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return len(images), config.latent_channels, images.shape[2] // factor, images.shape[3] // factor
+
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         check_images(images, self.size_multiple)
         return encode_latents(self.vae, images)
@@ -231,7 +237,7 @@ class DiffusionSurrogate(Surrogate):
                 "leave it out to have it drawn"
             )
         if timesteps is None:
-            timesteps = self._draw_timesteps(count, generator)
+            timesteps = self.draw_timesteps(count, generator)
         else:
             self._check_timesteps(timesteps, count)
         timesteps = timesteps.to(latents.device)
@@ -257,7 +263,7 @@ class DiffusionSurrogate(Surrogate):
         """The pipeline's own `encode_prompt`, without guidance."""
 
     @abstractmethod
-    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         """(count,) random timesteps."""
 
     @abstractmethod

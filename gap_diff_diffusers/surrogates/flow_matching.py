@@ -65,7 +65,7 @@ class FlowMatchingSurrogate(DiffusionSurrogate):
         # Sampling replaces a scheduler's timesteps; a new one has those of training.
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
 
-    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         density = compute_density_for_timestep_sampling(
             self.weighting_scheme,
             count,

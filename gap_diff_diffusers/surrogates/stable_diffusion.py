@@ -40,7 +40,7 @@ class StableDiffusionSurrogate(DiffusionSurrogate):
         embeds, _ = self.pipeline.encode_prompt(prompts, self.denoiser.device, 1, False)
         return PromptEmbedding(embeds)
 
-    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         device = self.denoiser.device if generator is None else generator.device
         return torch.randint(0, self.num_train_timesteps, (count,), generator=generator, device=device)
 

@@ -1,8 +1,14 @@
-"""Training of the perturbation generator against image encoders.
+"""Training of the perturbation generator: the objective of GAP-Diff, against encoders and diffusion models.
 
-GAP-Diff (NDSS 2025) trains the generator to spoil what a surrogate makes of the photo after preprocessing. This loop
-holds the part of it that needs no diffusion model: the surrogates are image encoders, the preprocessing is a
-differentiable mixture with the real JPEG codec, and the objective is the displacement of the latents.
+Paper: GAP-Diff (NDSS 2025), section IV: L = alpha L_GAN + beta L_adv(protected) + gamma L_adv(preprocessed), generator
+and discriminator updated in turn. L_adv is minus what a surrogate loses by the perturbation: its denoising loss, or,
+of an encoder alone, the logarithm of the latents' displacement.
+
+Differences from upstream (AIASLab/GAP-Diff), each with an option that brings upstream's back where it matters: the
+noise that surrogates are asked for is Gaussian, not uniform in [0,1); the discriminator sees protected, not
+preprocessed photos, so that it cannot judge by the preprocessing; preprocessing is by default the real JPEG codec.
+And what the paper names and the released code lacks: timesteps can be weighted, and the surrogates can learn the
+protected photos while the generator learns.
 """
 
 import json
@@ -13,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import provenance
 from ..data import FaceCrops, list_photos, load_faces, split_held_out
-from ..models.gap_diff_generator import GAPDiffGenerator
+from ..models.gap_diff_discriminator import GAPDiffDiscriminator
+from ..models.gap_diff_generator import GAPDiffGenerator, resize
+from ..surrogates import Surrogate, load_surrogate
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
-from .losses import coherence_loss, excess_power_loss, log_displacement_loss
+from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +41,25 @@ class GAPDiffTrainingConfig(LoopConfig):
     Attributes:
         train_data_dir: folders of photos; a tenth is held out (`data.split_held_out`).
         encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
-        encoder_weights: how much each encoder counts in the loss.
+        encoder_weights: how much each encoder counts in L_adv.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
+        surrogates: folders or Hub ids of text-to-image models, for `load_surrogate`.
+        surrogate_weights: how much each surrogate counts in L_adv.
+        surrogate_resolutions: side in pixels at which each surrogate is personalized; 512 leaves crops as they are.
+        surrogate_learning_rates: above 0, a surrogate's denoiser learns the protected photos at this rate.
+        surrogate_learning_steps: that happens every so many steps.
+        gradient_checkpointing: of the surrogates: less memory for more time.
+        prompt: what the surrogates are told of every photo.
+        timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
+            name such a weight and do not give it; the released code has none.
+        noise: that surrogates are asked for, "gaussian", or upstream's "uniform".
+        stages: [end, beta, gamma] each, `end` as a share of all steps. The released code has [[0.8, 0, 1],
+            [1, 0.6, 0.4]].
+        gan_weight: alpha; above 0 a discriminator learns, too.
+        discriminator_input: "protected", or upstream's "preprocessed".
         init_from: folder of a pipeline to start from, or None for random weights.
-        channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
+        architecture, channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
         output_gain: of `GAPDiffGenerator`, also with `init_from`.
         eps: the budget on [0,1].
         rms: root mean square of the perturbation, in levels, above which it costs (6.4 is a PSNR of 32 dB).
@@ -46,15 +69,28 @@ class GAPDiffTrainingConfig(LoopConfig):
             ranges [low, high], one per scale; a step draws an entry and, from its first range, one factor by which all
             others move along. [[1, 1]] is the size as it is.
         scale_weights: how often each entry is drawn.
-        crop_size: side of the training crops.
+        crop_size: side of the training crops, cut from face squares of 512 px times a factor from `crop_scales`.
         num_validation_images: held-out faces to validate on.
     """
 
     train_data_dir: tuple[str, ...]
-    encoders: tuple[str, ...]
-    encoder_weights: tuple[float, ...]
-    encoder_crop_sizes: tuple[int, ...]
+    encoders: tuple[str, ...] = ()
+    encoder_weights: tuple[float, ...] = ()
+    encoder_crop_sizes: tuple[int, ...] = ()
+    surrogates: tuple[str, ...] = ()
+    surrogate_weights: tuple[float, ...] = ()
+    surrogate_resolutions: tuple[int, ...] = ()
+    surrogate_learning_rates: tuple[float, ...] = ()
+    surrogate_learning_steps: int = 1
+    gradient_checkpointing: bool = False
+    prompt: str = "a photo of sks person"
+    timestep_weighting: str = "none"
+    noise: str = "gaussian"
+    stages: tuple = ([1.0, 0.0, 1.0],)
+    gan_weight: float = 0.0
+    discriminator_input: str = "protected"
     init_from: str | None = None
+    architecture: str = "compact"
     channels: tuple[int, ...] = (96, 160, 192)
     layers_per_block: tuple[int, ...] = (1, 1, 1)
     downscale: int = 2
@@ -73,15 +109,33 @@ class GAPDiffTrainingConfig(LoopConfig):
     scale_factors: tuple = ([[1, 1]], [[0.3, 1.6]], [[0.7, 1.4], [1.57, 3.14]], [[0.7, 1.4], [0.31, 0.62]])
     scale_weights: tuple[float, ...] = (0.5, 0.2, 0.15, 0.15)
     crop_size: int = 192
+    crop_scales: tuple[float, ...] = (0.8, 1.2)
     num_validation_images: int = 6
 
     def __post_init__(self):
         super().__post_init__()
-        if not len(self.encoders) == len(self.encoder_weights) == len(self.encoder_crop_sizes):
-            raise ValueError(
-                "expected as many encoder_weights and encoder_crop_sizes as encoders, got "
-                f"{len(self.encoder_weights)} and {len(self.encoder_crop_sizes)} for {len(self.encoders)}"
-            )
+        for kind, names in (
+            ("encoders", ("encoder_weights", "encoder_crop_sizes")),
+            ("surrogates", ("surrogate_weights", "surrogate_resolutions", "surrogate_learning_rates")),
+        ):
+            count = len(getattr(self, kind))
+            for name in names:
+                if len(getattr(self, name)) != count:
+                    raise ValueError(
+                        f"expected as many {name} as {kind}, got {len(getattr(self, name))} for {count} {kind}"
+                    )
+        if not self.encoders and not self.surrogates:
+            raise ValueError("expected encoders or surrogates to train against, got neither")
+        for name, known in (
+            ("timestep_weighting", ("none", "linear")),
+            ("noise", ("gaussian", "uniform")),
+            ("discriminator_input", ("protected", "preprocessed")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} {' or '.join(known)}, got {getattr(self, name)!r}")
+        ends = [stage[0] for stage in self.stages]
+        if any(len(stage) != 3 for stage in self.stages) or sorted(ends) != ends or ends[-1] != 1:
+            raise ValueError(f"expected stages of [end, beta, gamma], the last to end at 1, got {list(self.stages)}")
         if len(self.scale_factors) != len(self.scale_weights):
             raise ValueError(
                 f"expected as many scale_weights as scale_factors, got {len(self.scale_weights)} and "
@@ -109,22 +163,45 @@ class GAPDiffTrainer(TrainingLoop):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 generator = GAPDiffGenerator(
+                    architecture=config.architecture,
                     channels=config.channels,
                     layers_per_block=config.layers_per_block,
                     downscale=config.downscale,
                     output_gain=config.output_gain,
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
-        super().__init__(config, {"generator": self.generator})
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        self.surrogates: list[Surrogate] = []
+        networks: dict[str, nn.Module] = {"generator": self.generator}
+        if config.gan_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                networks["discriminator"] = GAPDiffDiscriminator()
+        learning_rates = {}
+        for index, (model, rate) in enumerate(zip(config.surrogates, config.surrogate_learning_rates)):
+            # What learns is kept in float32: steps as small as these vanish in the others.
+            surrogate = load_surrogate(
+                model,
+                dtype=torch.float32 if rate else dtype,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            self.surrogates.append(surrogate)
+            if rate:
+                networks[f"denoiser {index}"] = surrogate.denoiser
+                learning_rates[f"denoiser {index}"] = rate
+        super().__init__(config, networks, learning_rates)
+        for surrogate in self.surrogates:
+            surrogate.to(self.accelerator.device).freeze()
+        with torch.no_grad():
+            self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
         self.train_photos, self.held_out = split_held_out(list_photos(config.train_data_dir))
-        self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size)
+        self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
         logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
         count = max(1, config.num_validation_images)
         held_out = self.held_out[:: max(1, len(self.held_out) // count)][:count]
         self.validation_faces = load_faces(held_out, 512).to(self.device)
-        precisions = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self.encoder_dtype = precisions[config.mixed_precision]
+        self.encoder_dtype = dtype
         self.encoders = [
             EncoderSurrogate.from_pretrained(encoder).to(self.device, self.encoder_dtype)
             for encoder in config.encoders
@@ -146,20 +223,92 @@ class GAPDiffTrainer(TrainingLoop):
 
         loss = torch.zeros((), device=self.device)
         figures = {}
-        for encoder, weight, size in zip(self.encoders, config.encoder_weights, config.encoder_crop_sizes):
-            crop = _random_crop(published.shape[-2:], size, generator)
-            with torch.no_grad():
-                clean = self._encode(encoder, published_clean[crop])
-            displacement = encoder_displacement(clean, self._encode(encoder, published[crop]))
-            loss = loss + weight * log_displacement_loss(displacement)
-            figures[f"displacement/{encoder.name}"] = displacement.mean().item()
+        beta, gamma = self._stage()
+        for prefix, weight, clean, moved in (
+            ("protected/", beta, images, protected),
+            ("", gamma, published_clean, published),
+        ):
+            if weight:
+                adversarial, measured = self._adversarial_loss(clean, moved, generator)
+                loss = loss + weight * adversarial
+                figures |= {prefix + name: value for name, value in measured.items()}
         offset = torch.randint(0, 4, (2,), generator=generator).mul(4).tolist()
-        coherence = coherence_loss(perturbation, window=16, offset=tuple(offset), samples=768)
-        excess = excess_power_loss(perturbation * config.eps * 255, config.rms)
-        loss = loss + config.coherence_weight * coherence + config.rms_weight * excess
+        if config.coherence_weight:
+            coherence = coherence_loss(perturbation, window=16, offset=tuple(offset), samples=768)
+            loss = loss + config.coherence_weight * coherence
+            figures["coherence"] = coherence.item()
+        loss = loss + config.rms_weight * excess_power_loss(perturbation * config.eps * 255, config.rms)
+        if config.gan_weight:
+            discriminator = self.networks["discriminator"]
+            pair = (images, protected) if config.discriminator_input == "protected" else (images, published)
+            with self.accelerator.autocast():
+                judged = discriminator_loss(discriminator(pair[0]), discriminator(pair[1].detach()))
+            figures["loss/discriminator"] = judged.item()
+            self.update("discriminator", judged)
+            with self.accelerator.autocast():
+                looks = gan_loss(discriminator(pair[1]))
+            figures["loss/gan"] = looks.item()
+            loss = loss + config.gan_weight * looks
 
         norm = self.update("generator", loss)
-        return figures | {"loss": loss.item(), "coherence": coherence.item(), "gradient_norm": norm}
+        if self.step % config.surrogate_learning_steps == 0:
+            figures |= self._let_surrogates_learn(published.detach(), generator)
+        return figures | {"loss": loss.item(), "gradient_norm": norm}
+
+    def _stage(self) -> tuple[float, float]:
+        """beta and gamma of the current step."""
+        share = self.step / self.config.max_train_steps
+        return next((beta, gamma) for end, beta, gamma in self.config.stages if share < end)
+
+    def _adversarial_loss(
+        self, clean: torch.Tensor, moved: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """L_adv of photos that were moved (N,3,H,W), and figures to log."""
+        config = self.config
+        loss, figures = torch.zeros((), device=self.device), {}
+        for encoder, weight, size in zip(self.encoders, config.encoder_weights, config.encoder_crop_sizes):
+            crop = _random_crop(moved.shape[-2:], size, generator)
+            with torch.no_grad():
+                latents = self._encode(encoder, clean[crop])
+            displacement = encoder_displacement(latents, self._encode(encoder, moved[crop]))
+            loss = loss + weight * log_displacement_loss(displacement)
+            figures[f"displacement/{encoder.name}"] = displacement.mean().item()
+        for index, (surrogate, weight) in enumerate(zip(self.surrogates, config.surrogate_weights)):
+            denoising = self._denoising_loss(index, moved, generator)
+            loss = loss - weight * denoising
+            figures[f"denoising/{surrogate.name}"] = denoising.item()
+        return loss, figures
+
+    def _denoising_loss(self, index: int, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What a surrogate loses on photos at its resolution, weighted by alpha(t)."""
+        config, surrogate = self.config, self.surrogates[index]
+        factor, multiple = config.surrogate_resolutions[index] / 512, surrogate.size_multiple
+        size = tuple(max(1, round(side * factor / multiple)) * multiple for side in images.shape[-2:])
+        images = resize(images, size)
+        # Drawn on the CPU, so that a run does not depend on the device.
+        timesteps = surrogate.draw_timesteps(len(images), generator).to(self.device)
+        draw = torch.rand if config.noise == "uniform" else torch.randn
+        noise = draw(surrogate.latent_shape(images), generator=generator).to(self.device)
+        posterior = torch.Generator(self.device).manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
+        losses = surrogate.denoising_loss(
+            images, self.prompts[index], timesteps=timesteps, noise=noise, generator=posterior
+        )
+        if config.timestep_weighting == "linear":
+            losses = losses * 2 * (1 - timesteps / surrogate.num_train_timesteps)
+        return losses.mean()
+
+    def _let_surrogates_learn(self, images: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
+        """One step of every surrogate that may learn, as someone who personalizes it takes them on these photos."""
+        figures = {}
+        for index, surrogate in enumerate(self.surrogates):
+            name = f"denoiser {index}"
+            if name in self.networks:
+                surrogate.denoiser.requires_grad_(True)
+                loss = self._denoising_loss(index, images, generator)
+                self.update(name, loss)
+                surrogate.denoiser.requires_grad_(False)
+                figures[f"learned/{surrogate.name}"] = loss.item()
+        return figures
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -187,10 +336,10 @@ class GAPDiffTrainer(TrainingLoop):
         """What stands beside the weights: config, data, steps, versions, final figures."""
         config = asdict(self.config)
         del config["output_dir"]
-        for key in ("train_data_dir", "encoders"):  # names, for the folders are this machine's
+        for key in ("train_data_dir", "encoders", "surrogates"):  # names, for the folders are this machine's
             config[key] = [Path(value).name for value in config[key]]
         architecture = self.generator.config
-        config |= {key: architecture[key] for key in ("channels", "layers_per_block", "downscale")}
+        config |= {key: architecture[key] for key in ("architecture", "channels", "layers_per_block", "downscale")}
         config["init_from"] = self.config.init_from and Path(self.config.init_from).name
         earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {

@@ -83,10 +83,15 @@ class TrainingLoop(ABC):
     Args:
         config: the settings.
         networks: by name; moved to the device and set to training mode.
-        averaged: names of the networks whose weights are averaged; by default the first.
+        learning_rates: by name, of networks that do not learn at the config's rate.
     """
 
-    def __init__(self, config: LoopConfig, networks: dict[str, nn.Module], averaged: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        config: LoopConfig,
+        networks: dict[str, nn.Module],
+        learning_rates: dict[str, float] | None = None,
+    ):
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
@@ -95,15 +100,15 @@ class TrainingLoop(ABC):
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         )
         self.networks = {name: network.train().to(self.accelerator.device) for name, network in networks.items()}
+        first = next(iter(networks))
         self.emas = {
-            name: EMAModel(networks[name].parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-            for name in averaged or tuple(networks)[:1]
+            first: EMAModel(networks[first].parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         }
         self.optimizers, self.schedulers = {}, {}
         for name, network in self.networks.items():
             self.optimizers[name] = torch.optim.AdamW(
                 network.parameters(),
-                lr=config.learning_rate,
+                lr=(learning_rates or {}).get(name, config.learning_rate),
                 betas=(0.9, 0.99),
                 weight_decay=config.adam_weight_decay,
             )

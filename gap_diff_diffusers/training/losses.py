@@ -9,6 +9,16 @@ def log_displacement_loss(displacements: torch.Tensor) -> torch.Tensor:
     return -(displacements + 1e-3).log().mean()
 
 
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """What the discriminator learns: logits (N,) high for clean photos, low for protected ones."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def gan_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """L_GAN, the released code's: protected photos are to pass as clean; the slides' log(1 - D) saturates early."""
+    return F.softplus(-fake_logits).mean()
+
+
 def excess_power_loss(perturbation: torch.Tensor, rms: float) -> torch.Tensor:
     """How far each photo's mean squared perturbation exceeds rms^2, relative to it; 0 below.
 
