@@ -54,6 +54,11 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     return config_class(**values)
 
 
+def portable_name(value: str | None) -> str | None:
+    """What a record says of a file, folder or Hub id: the last part of a path on this machine, an id as it is."""
+    return Path(value).name if value is not None and Path(value).exists() else value
+
+
 def provenance() -> dict:
     """Versions of this package, Python and the libraries that decide a result, the platform, and the git commit.
 

@@ -1,15 +1,102 @@
 """Photos to train and to measure on: which ones, held out by a fixed rule, and what is cut out of them."""
 
 import contextlib
+import io
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .images import PHOTO_SUFFIXES, PhotoError, read_photo
+
+T = TypeVar("T")
+Source = str | os.PathLike | bytes
+"""A photo that was not read yet: its path, or the bytes of its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotosConfig:
+    """Which photos to train on: those of folders, or those of a dataset. A tenth is held out (`split_held_out`).
+
+    Attributes:
+        train_data_dir: folders of photos.
+        dataset_name: id on the Hub, or folder, of a dataset for `datasets.load_dataset`, instead.
+        dataset_config_name: which of its configurations, if it has several.
+        dataset_revision: branch, tag or commit of the dataset.
+        dataset_split: which part of it.
+        image_column: of the dataset.
+        caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
+            None for no captions.
+        max_train_samples: the first so many photos, or None for all.
+    """
+
+    train_data_dir: tuple[str, ...] = ()
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    image_column: str = "image"
+    caption_column: str | None = None
+    max_train_samples: int | None = None
+
+    def __post_init__(self):
+        if bool(self.train_data_dir) == bool(self.dataset_name):
+            raise ValueError(
+                f"expected either train_data_dir or dataset_name, got {list(self.train_data_dir)} and "
+                f"{self.dataset_name!r}"
+            )
+
+    def load_photos(self) -> tuple[list[Source], list[str | None]]:
+        """The photos, unread, and their captions, None for those without.
+
+        Raises:
+            ValueError: a folder without photos, or a column that is not there.
+            ImportError: a dataset, without the package `datasets`.
+        """
+        photos, captions = self._load_dataset() if self.dataset_name else self._load_folders()
+        return photos[: self.max_train_samples], captions[: self.max_train_samples]
+
+    def _load_folders(self) -> tuple[list[Source], list[str | None]]:
+        photos = list_photos(self.train_data_dir)
+        if self.caption_column is None:
+            return photos, [None] * len(photos)
+        captions = {}
+        for folder in map(Path, self.train_data_dir):
+            path = folder / "metadata.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            for row in map(json.loads, filter(None, lines)):
+                captions[folder / str(row.get("file_name"))] = row.get(self.caption_column)
+        if not any(captions.values()):
+            raise ValueError(
+                f"expected captions in metadata.jsonl, as {self.caption_column!r} beside file_name, found none in "
+                f"{', '.join(self.train_data_dir)}; or leave out caption_column"
+            )
+        return photos, [captions.get(photo) for photo in photos]
+
+    def _load_dataset(self) -> tuple[list[Source], list[str | None]]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("expected datasets, got none; pip install 'gap_diff_diffusers[train]'") from error
+        dataset = datasets.load_dataset(
+            self.dataset_name, self.dataset_config_name, revision=self.dataset_revision, split=self.dataset_split
+        )
+        for column in filter(None, (self.image_column, self.caption_column)):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"expected a column {column!r} in {self.dataset_name}, got {', '.join(dataset.column_names)}"
+                )
+        dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))  # bad ones are skipped later
+        photos = [image["bytes"] or image["path"] for image in dataset[self.image_column]]
+        captions = list(dataset[self.caption_column]) if self.caption_column else [None] * len(photos)
+        return photos, captions
 
 
 def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
@@ -34,7 +121,7 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
     return photos
 
 
-def split_held_out(photos: Sequence[Path], every: int = 10) -> tuple[list[Path], list[Path]]:
+def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
     """Split into photos to train on and photos held out: the first of every ten, in the order given.
 
     So the order of the folders matters: whoever measures on held-out photos names them as for training.
@@ -42,13 +129,18 @@ def split_held_out(photos: Sequence[Path], every: int = 10) -> tuple[list[Path],
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
-def face_square(path: str | os.PathLike) -> Image.Image:
+def face_square(source: Source) -> Image.Image:
     """The largest square of a portrait: centered across, and from the top, where the face is.
 
     Raises:
         PhotoError: an unreadable photo.
     """
-    image = Image.fromarray(read_photo(path).pixels)
+    if isinstance(source, bytes):
+        try:
+            source = Image.open(io.BytesIO(source))
+        except OSError as error:
+            raise PhotoError(f"cannot be read, is it an image? ({error})") from error
+    image = Image.fromarray(read_photo(source).pixels).convert("RGB")
     side = min(image.size)
     left = (image.width - side) // 2
     return image.crop((left, 0, left + side, side))
@@ -59,19 +151,33 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def load_faces(photos: Sequence[Path], size: int) -> torch.Tensor:
+def load_face(source: Source, size: int) -> torch.Tensor:
+    """The face square of a photo at one size: (3,size,size) float32 in [0,1]; PhotoError if it cannot be read."""
+    return to_tensor(face_square(source).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def load_faces(photos: Sequence[Source], size: int) -> torch.Tensor:
     """Face squares of photos at one size: (N,3,size,size) float32 in [0,1]. Unreadable photos are left out.
 
     Raises:
         ValueError: none can be read.
     """
     faces = []
-    for path in photos:
+    for source in photos:
         with contextlib.suppress(PhotoError):
-            faces.append(to_tensor(face_square(path).resize((size, size), Image.Resampling.LANCZOS)))
+            faces.append(load_face(source, size))
     if not faces:
         raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
     return torch.stack(faces)
+
+
+def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -> None:
+    """Save images (N,3,H,W) in [0,1] as one picture, row by row; its folder is made."""
+    rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]
+    width = max(row.shape[2] for row in rows)
+    grid = torch.cat([F.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
 
 
 class FaceCrops:
@@ -84,7 +190,7 @@ class FaceCrops:
 
     def __init__(
         self,
-        photos: Sequence[Path],
+        photos: Sequence[Source],
         *,
         crop_size: int,
         native_size: int = 512,
@@ -99,9 +205,9 @@ class FaceCrops:
         self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
         self.squares: list[Image.Image] = []
         self.skipped = 0
-        for path in photos:
+        for source in photos:
             try:
-                square = face_square(path)
+                square = face_square(source)
             except PhotoError:
                 self.skipped += 1
                 continue

@@ -180,6 +180,22 @@ class WorkerError(Exception):
     """What a function raised in a worker: its type's name and message."""
 
 
+def hub_environment(hub_url: str, folder: Path) -> dict[str, str]:
+    """This process's environment, with another Hub and an empty Hugging Face home in `folder`."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.lower().endswith("_proxy") and not key.startswith(("HF_", "HUGGING_FACE"))
+    }
+    return environment | {
+        "HF_ENDPOINT": hub_url,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
 class Worker:
     """A Python process in `folder`, with an empty Hugging Face home there and `hub_url` as its Hub.
 
@@ -188,18 +204,7 @@ class Worker:
 
     def __init__(self, folder: Path, hub_url: str, *, without_package: bool = False):
         folder.mkdir()
-        environment = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.lower().endswith("_proxy") and not key.startswith(("HF_", "HUGGING_FACE"))
-        }
-        environment |= {
-            "HF_ENDPOINT": hub_url,
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = hub_environment(hub_url, folder)
         self._stderr = folder / "stderr.txt"
         with self._stderr.open("w") as stderr:
             self._process = subprocess.Popen(

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
+from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
@@ -162,6 +163,10 @@ def test_the_tokenizer_has_one_token_for_each_word_it_was_made_for():
     assert tokenizer.convert_ids_to_tokens(tokens) == [
         "<|startoftext|>", "a</w>", "photo</w>", "of</w>", "sks</w>", "person</w>", "<|endoftext|>",
     ]  # fmt: skip
+    captions = ["a man and a woman", "the human", "a woman, an ox"]  # whose parts overlap
+    tokenizer = build_tokenizer(["a photo of a person", "a dslr portrait", "sks"], captions)
+    for word in ("man", "woman", "human", "an", "and", "ox", "sks", "person"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
     other = "in front of eiffel tower, é!"
     assert tokenizer.unk_token_id not in tokenizer(other).input_ids[1:-1]
     assert tokenizer.decode(tokenizer(other).input_ids, skip_special_tokens=True).replace(" ", "") == other.replace(
@@ -182,6 +187,26 @@ def test_every_part_of_the_autoencoders_loss_is_learned(photos, encoder, tmp_pat
         assert last[name] < first[name], name
 
 
+def test_latents_learn_to_answer_perturbations_as_the_encoder_does(photos, encoder, tmp_path):
+    config = make_config(photos, tmp_path, feature_encoders=(encoder,), response_weight=1.0, vae_learning_rate=3e-3)
+    trainer = AutoencoderTrainer(config)
+    images = trainer.crops.sample(2, torch.Generator().manual_seed(0))
+    perturbed = trainer._perturb(images, trainer.encoders[0], torch.Generator().manual_seed(0))
+    assert 6 < (perturbed - images).abs().max() * 255 <= 8.001
+    first = trainer.training_step(torch.Generator().manual_seed(7))
+    for _ in range(25):
+        last = trainer.training_step(torch.Generator().manual_seed(7))
+    assert last["response"] < 0.5 * first["response"]
+
+
+def test_an_autoencoder_can_start_from_another(photos, tmp_path):
+    vae = AutoencoderTrainer(make_config(photos, tmp_path, seed=1)).vae
+    vae.save_pretrained(tmp_path / "vae")
+    again = AutoencoderTrainer(make_config(photos, tmp_path, vae_init_from=str(tmp_path / "vae"))).vae
+    for ours, theirs in zip(again.parameters(), vae.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_denoiser_learns_both_predictions(photos, tmp_path):
     for prediction_type in ("epsilon", "v_prediction"):
         config = make_config(photos, tmp_path, prediction_type=prediction_type, learning_rate=5e-3)
@@ -197,8 +222,16 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "training_scripts" / "train_surrogate.py"), "--config", str(config)]
     command += ["--train_data_dir", str(photos), "--output_dir", str(out), "--feature_encoders", encoder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["--push_to_hub", "--hub_model_id", "org/face-model", "--hub_token", "token"]
+    with FakeHub() as hub:
+        done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub.url, tmp_path))
     assert done.returncode == 0, done.stderr
+    uploaded = hub.files("org/face-model")
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "README.md"} <= set(uploaded)
+    assert not [name for name in uploaded if "checkpoint-" in name or name.startswith("autoencoder")]
+    card = uploaded["README.md"].decode()
+    assert 'from_pretrained("org/face-model")' in card and "held_out/psnr" in card and "samples/2.png" in card
+    assert card.startswith("---\nlicense: apache-2.0\n") and str(tmp_path) not in card
     pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a photo of sks person", num_inference_steps=2, output_type="np").images[0]
@@ -210,7 +243,8 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     assert Image.open(out / "samples" / "2.png").size == (128, 64)
     assert Image.open(out / "autoencoder" / "samples" / "2.png").size == (128, 128)
 
-    again = subprocess.run([*command, "--resume_from_checkpoint"], capture_output=True, text=True)
+    without_pushing = command[: command.index("--push_to_hub")]
+    again = subprocess.run([*without_pushing, "--resume_from_checkpoint"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
 
@@ -221,8 +255,60 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
         ({"resolution": 60}, "multiple of 8"),
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"distillation_weight": 1.0}, "feature_encoders"),
+        ({"response_weight": 1.0}, "feature_encoders"),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(photos, tmp_path, **changes)
+
+
+# --- Where photos and captions come from -----------------------------------------------------------------------------
+def test_a_folders_captions_stand_in_its_metadata(photos, tmp_path):
+    rows = [{"file_name": "0.png", "text": "a man"}, {"file_name": "more/1.png", "text": "a woman"}]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(photos, tmp_path, caption_column="text")
+    found, captions = config.load_photos()
+    captions = {path.name: caption for path, caption in zip(found, captions) if caption}
+    assert captions == {"0.png": "a man", "1.png": "a woman"}
+    trainer = DenoiserTrainer(config, AutoencoderTrainer(config).vae)
+    assert len(trainer.tokenizer("a woman", add_special_tokens=False).input_ids) == 2
+    assert trainer.captions.count("a woman") == 2  # mirrored, too; and of the unreadable photo there is none
+    assert len(trainer.captions) == len(trainer.latents) == 20
+    with pytest.raises(ValueError, match=r"'other' beside file_name"):
+        make_config(photos, tmp_path, caption_column="other").load_photos()
+
+
+def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sources = sorted(path.read_bytes() for path in photos.rglob("[0-9]*.png"))
+    rows = {"picture": [*sources, b"no photo"], "text": ["a man"] * 13}
+    features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
+    (tmp_path / "dataset").mkdir()
+    encoded = [{"bytes": source, "path": None} for source in rows["picture"]]
+    dataset = datasets.Dataset.from_dict(rows | {"picture": encoded}, features=features)
+    dataset.to_parquet(tmp_path / "dataset" / "train.parquet")
+    settings = TINY | {"image_column": "picture", "caption_column": "text"}
+
+    def config(**changes):
+        return SurrogateTrainingConfig(
+            dataset_name=str(tmp_path / "dataset"), output_dir=str(tmp_path), **settings | changes
+        )
+
+    found, captions = config().load_photos()
+    assert found[:12] == sources and captions == rows["text"]
+    trainer = AutoencoderTrainer(config())
+    assert len(trainer.crops.squares) == 10 and trainer.crops.skipped == 1
+    assert len(config(max_train_samples=5).load_photos()[0]) == 5
+    with pytest.raises(ValueError, match=r"expected a column 'image' in .*, got picture, text"):
+        config(image_column="image").load_photos()
+    with pytest.raises(ValueError, match="either train_data_dir or dataset_name"):
+        config(train_data_dir=(str(photos),))
+
+
+def test_a_missing_datasets_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"gap_diff_diffusers\[train\]"):
+        SurrogateTrainingConfig(dataset_name="x", output_dir=str(tmp_path)).load_photos()

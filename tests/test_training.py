@@ -283,6 +283,10 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     assert record["steps"] == 2
     assert record["photos"] == record["photos"] | {"train": 10, "held_out": 2, "skipped": 1}
     assert "held_out/encoder" in record["figures"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'GAPDiffProtectionPipeline.from_pretrained("out")' in card and "samples/2.png" in card
+    assert Image.open(tmp_path / "out" / "samples" / "2.png").size == (3 * 512, 2 * 512)
+    assert str(tmp_path) not in json.dumps(record) + card
     assert record["config"]["crop_size"] == 64 and "torch" in record["versions"]
 
     config.write_text(json.dumps({"learning_rat": 1}))

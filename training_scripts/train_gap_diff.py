@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gap_diff_diffusers import GAPDiffProtectionPipeline
+from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
 from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
 
@@ -24,6 +24,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
     add_config_arguments(parser, GAPDiffTrainingConfig)
+    hub.add_arguments(parser)
     return parser.parse_args(input_args)
 
 
@@ -34,12 +35,14 @@ def main(arguments: argparse.Namespace) -> None:
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
         pipeline.save_pretrained(trainer.output_dir, include_remote_code=False)
-        write_json(trainer.output_dir / "training_record.json", trainer.record(figures))
+        record = trainer.record(figures)
+        write_json(trainer.output_dir / "training_record.json", record)
+        hub.publish(arguments, trainer.output_dir, record)
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

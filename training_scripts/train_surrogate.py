@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from gap_diff_diffusers import hub
 from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
 from gap_diff_diffusers.training.surrogate import SurrogateTrainingConfig, train_surrogate
 
@@ -24,6 +25,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
     add_config_arguments(parser, SurrogateTrainingConfig)
+    hub.add_arguments(parser)
     return parser.parse_args(input_args)
 
 
@@ -34,11 +36,12 @@ def main(arguments: argparse.Namespace) -> None:
     if denoiser.accelerator.is_main_process:
         denoiser.pipeline.to(dtype=torch.float16).save_pretrained(config.output_dir)
         write_json(Path(config.output_dir) / "training_record.json", record)
+        hub.publish(arguments, Path(config.output_dir), record)
     denoiser.accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

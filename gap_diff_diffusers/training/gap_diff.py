@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import provenance
-from ..data import FaceCrops, list_photos, load_faces, split_held_out
+from ..config import portable_name, provenance
+from ..data import FaceCrops, PhotosConfig, load_faces, split_held_out
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import Surrogate, load_surrogate
@@ -35,11 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GAPDiffTrainingConfig(LoopConfig):
-    """Everything that a run depends on, besides the versions: this and what `LoopConfig` has.
+class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
+    """Everything that a run depends on, besides the versions: this and what `PhotosConfig` and `LoopConfig` have.
 
     Attributes:
-        train_data_dir: folders of photos; a tenth is held out (`data.split_held_out`).
         encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
         encoder_weights: how much each encoder counts in L_adv.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
@@ -73,7 +72,6 @@ class GAPDiffTrainingConfig(LoopConfig):
         num_validation_images: held-out faces to validate on.
     """
 
-    train_data_dir: tuple[str, ...]
     encoders: tuple[str, ...] = ()
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
@@ -113,7 +111,8 @@ class GAPDiffTrainingConfig(LoopConfig):
     num_validation_images: int = 6
 
     def __post_init__(self):
-        super().__post_init__()
+        PhotosConfig.__post_init__(self)
+        LoopConfig.__post_init__(self)
         for kind, names in (
             ("encoders", ("encoder_weights", "encoder_crop_sizes")),
             ("surrogates", ("surrogate_weights", "surrogate_resolutions", "surrogate_learning_rates")),
@@ -195,7 +194,7 @@ class GAPDiffTrainer(TrainingLoop):
         with torch.no_grad():
             self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
-        self.train_photos, self.held_out = split_held_out(list_photos(config.train_data_dir))
+        self.train_photos, self.held_out = split_held_out(config.load_photos()[0])
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
         logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
         count = max(1, config.num_validation_images)
@@ -312,10 +311,14 @@ class GAPDiffTrainer(TrainingLoop):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Displacement after JPEG 70 and coherence, on held-out faces of 512x512."""
+        """Displacement after JPEG 70 and coherence, on held-out faces of 512x512.
+
+        And pictures of them: clean, protected, and the perturbation, eight times as strong, on gray.
+        """
         images = self.validation_faces
         perturbation = torch.cat([self.generator(image[None]) for image in images])
         protected = ((images + perturbation * self.config.eps).clamp(0, 1) * 255).round() / 255
+        self.show(torch.stack([images, protected, (0.5 + 8 * (protected - images))], dim=1).flatten(0, 1), columns=3)
         publish = RealJPEG(70).eval()
         published_clean, published = publish(images), publish(protected)
         figures = {}
@@ -336,11 +339,12 @@ class GAPDiffTrainer(TrainingLoop):
         """What stands beside the weights: config, data, steps, versions, final figures."""
         config = asdict(self.config)
         del config["output_dir"]
-        for key in ("train_data_dir", "encoders", "surrogates"):  # names, for the folders are this machine's
-            config[key] = [Path(value).name for value in config[key]]
+        for key in ("train_data_dir", "encoders", "surrogates"):
+            config[key] = [portable_name(value) for value in config[key]]
+        for key in ("dataset_name", "init_from"):
+            config[key] = portable_name(config[key])
         architecture = self.generator.config
         config |= {key: architecture[key] for key in ("architecture", "channels", "layers_per_block", "downscale")}
-        config["init_from"] = self.config.init_from and Path(self.config.init_from).name
         earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
             "initial_weights": json.loads(earlier.read_text()) if earlier and earlier.is_file() else "random",

@@ -20,6 +20,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import save_grid
+
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "training_log.jsonl"
@@ -218,6 +220,15 @@ class TrainingLoop(ABC):
             for name, ema in self.emas.items():
                 ema.restore(self.networks[name].parameters())
                 self.networks[name].train()
+
+    def show(self, images: torch.Tensor, columns: int = 8) -> None:
+        """Save validation pictures (N,3,H,W) in [0,1] as `samples/<step>.png`, and send them to the trackers."""
+        if self.accelerator.is_main_process:
+            save_grid(images, self.output_dir / "samples" / f"{self.step}.png", columns)
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                    tracker.log_images({"validation": pixels}, step=self.step)
 
     def step_generator(self) -> torch.Generator:
         """The randomness of the current step: one seed per step, so that a resumed run draws what a whole one does."""

@@ -8,6 +8,7 @@ real encoders, and its latents are asked to tell those of a real encoder (distil
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import provenance
-from ..data import FaceCrops, list_photos, load_faces, split_held_out
+from ..config import portable_name, provenance
+from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out
+from ..images import PhotoError
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
 from .loop import LoopConfig, TrainingLoop
 
@@ -45,15 +47,16 @@ SCHEDULE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurrogateTrainingConfig(LoopConfig):
-    """Everything that the face model depends on, besides the versions: this and what `LoopConfig` has.
+class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
+    """Everything that the face model depends on, besides the versions: this and what `PhotosConfig`
+    and `LoopConfig` have.
 
     The settings of `LoopConfig` are the denoiser's; the autoencoder has those that begin with `vae_` instead.
 
     Attributes:
-        train_data_dir: folders of photos; a tenth is held out (`data.split_held_out`).
         resolution: side in pixels of the pictures that the model makes; a multiple of 8.
-        captions: what is said of every photo, drawn anew each time; all words of theirs are tokens of their own.
+        captions: what is said of a photo that has no caption, drawn anew each time, and of samples. All words of
+            captions are tokens of their own, but for the rarest of many thousands.
         rare_tokens: further words that are tokens of their own, for personalization.
         caption_dropout: how often a caption is empty, for guidance.
         vae_channels: widths of the autoencoder, finest first; one fewer halvings than widths.
@@ -67,7 +70,11 @@ class SurrogateTrainingConfig(LoopConfig):
         feature_encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
         feature_weight: how much it costs that a reconstruction's latents under these encoders lie elsewhere than the
             photo's, in units of their variance.
-        distillation_weight: how much it costs that these latents cannot be read off ours by one 1x1 convolution.
+        response_weight: how much it costs, as the squared logarithm of the ratio, that latents move further, or less
+            far, than these encoders' do when a photo is perturbed within `response_eps` by a step up their gradient.
+        response_eps: that budget, on [0,1].
+        vae_init_from: folder of an autoencoder of the same shape to start from, or None for random weights.
+        distillation_weight: how much it costs that these latents cannot be read off ours by one linear map.
         unet_channels: widths of the denoiser; attention to the caption in all but the first.
         unet_layers_per_block: residual blocks per width.
         attention_heads: of the denoiser and of the text encoder.
@@ -78,7 +85,6 @@ class SurrogateTrainingConfig(LoopConfig):
         num_validation_images: held-out faces to validate the autoencoder on, and samples to draw.
     """
 
-    train_data_dir: tuple[str, ...]
     resolution: int = 256
     captions: tuple[str, ...] = (
         "a photo of a person",
@@ -101,6 +107,9 @@ class SurrogateTrainingConfig(LoopConfig):
     feature_encoders: tuple[str, ...] = ()
     feature_weight: float = 0.1
     distillation_weight: float = 0.0
+    response_weight: float = 0.0
+    response_eps: float = 8 / 255
+    vae_init_from: str | None = None
     unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_layers_per_block: int = 1
     attention_heads: int = 4
@@ -113,15 +122,17 @@ class SurrogateTrainingConfig(LoopConfig):
     num_validation_images: int = 8
 
     def __post_init__(self):
-        super().__post_init__()
+        PhotosConfig.__post_init__(self)
+        LoopConfig.__post_init__(self)
         factor = 2 ** (len(self.vae_channels) - 1)
         for name in ("resolution", "vae_crop_size"):
             if getattr(self, name) % factor:
                 raise ValueError(f"expected a {name} that is a multiple of {factor}, got {getattr(self, name)}")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"expected prediction_type 'epsilon' or 'v_prediction', got {self.prediction_type!r}")
-        if self.distillation_weight and not self.feature_encoders:
-            raise ValueError("expected feature_encoders to distill, got none; or set distillation_weight to 0")
+        for name in ("distillation_weight", "response_weight"):
+            if getattr(self, name) and not self.feature_encoders:
+                raise ValueError(f"expected feature_encoders to distill, got none; or set {name} to 0")
 
 
 class AutoencoderTrainer(TrainingLoop):
@@ -140,9 +151,14 @@ class AutoencoderTrainer(TrainingLoop):
                 norm_num_groups=_group_count(config.vae_channels),
                 sample_size=config.resolution,
             )
+            if config.vae_init_from:
+                self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.vae_init_from).state_dict())
             encoders = [EncoderSurrogate.from_pretrained(encoder) for encoder in config.feature_encoders]
-            widths = [encoder.encode_images(torch.zeros(1, 3, 64, 64)).shape[1] for encoder in encoders]
-            heads = nn.ModuleList(nn.Conv2d(config.latent_channels, width, 1) for width in widths)
+            heads = nn.ModuleList()
+            for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
+                _, width, side, _ = encoder.encode_images(torch.zeros(1, 3, 64, 64)).shape
+                patch = max(1, 64 // 2 ** (levels - 1) // side)
+                heads.append(nn.Conv2d(config.latent_channels, width, patch, stride=patch))
         stage = replace(
             config,
             output_dir=str(Path(config.output_dir) / "autoencoder"),
@@ -155,7 +171,7 @@ class AutoencoderTrainer(TrainingLoop):
         self.heads = heads
         self.device = self.accelerator.device
         self.encoders = [encoder.to(self.device) for encoder in encoders]
-        train, held_out = split_held_out(list_photos(config.train_data_dir))
+        train, held_out = split_held_out(config.load_photos()[0])
         self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
         if not held_out:
             raise ValueError(f"expected photos to hold out, got {len(train)} photos in all")
@@ -174,17 +190,46 @@ class AutoencoderTrainer(TrainingLoop):
         reconstructed = (reconstructed.float() + 1) / 2
         losses = {"pixels": _pixel_loss(reconstructed, images, config.gradient_weight)}
         losses["kl"] = config.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        if config.response_weight:
+            few = images[: max(1, len(images) // 2)]
+            chosen = self.encoders[int(torch.randint(0, len(self.encoders), (), generator=generator))]
+            perturbed = self._perturb(few, chosen, generator)
+            with self.accelerator.autocast():
+                answered = self.vae.encode(perturbed * 2 - 1).latent_dist.mean
+            ours = encoder_displacement(posterior.mean[: len(few)].detach(), answered)
         for encoder, head in zip(self.encoders, self.heads):
             with self.accelerator.autocast():
                 with torch.no_grad():
                     features = encoder.encode_images(images)
                 moved = encoder.encode_images(reconstructed)
-                told = head(F.interpolate(latents, size=features.shape[-2:], mode="area"))
+                distilled = _mean_displacement(features, _tell(head, latents, features))
+                if config.response_weight and encoder is chosen:
+                    with torch.no_grad():
+                        answer = encoder.encode_images(perturbed)
+                    theirs = encoder_displacement(features[: len(few)], answer)
+                    losses["response"] = config.response_weight * (ours / theirs).log().square().mean()
+                    distilled = distilled + _mean_displacement(answer, _tell(head, answered, answer))
             losses[f"features/{encoder.name}"] = config.feature_weight * _mean_displacement(features, moved)
-            losses[f"distillation/{encoder.name}"] = config.distillation_weight * _mean_displacement(features, told)
+            losses[f"distillation/{encoder.name}"] = config.distillation_weight * distilled
         loss = sum(losses.values())
         norm = self.update("autoencoder", loss)
         return {"loss": loss.item()} | {key: value.item() for key, value in losses.items()} | {"gradient_norm": norm}
+
+    def _perturb(self, images: torch.Tensor, encoder: EncoderSurrogate, generator: torch.Generator) -> torch.Tensor:
+        """Images (N,3,H,W) after one step up the gradient of this encoder's displacement, from random blocks."""
+        eps = self.config.response_eps
+        block = 2 ** int(torch.randint(0, 3, (), generator=generator))
+        count, _, height, width = images.shape
+        signs = torch.randint(0, 2, (count, 3, -(-height // block), -(-width // block)), generator=generator) * 2.0 - 1
+        start = F.interpolate(signs, scale_factor=block, mode="nearest")[..., :height, :width].to(images) * eps / 2
+        start.requires_grad_(True)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                features = encoder.encode_images(images)
+            displacement = encoder_displacement(features, encoder.encode_images((images + start).clamp(0, 1)))
+        (gradient,) = torch.autograd.grad(displacement.sum(), start)
+        delta = (start.detach() + eps * gradient.sign()).clamp(-eps, eps)
+        return (images + delta).clamp(0, 1).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -197,7 +242,7 @@ class AutoencoderTrainer(TrainingLoop):
             decibels.append(-10 * (reconstructed - image).square().mean().log10().item())
             if index < self.config.num_validation_images:
                 shown.append(torch.cat([image, reconstructed], dim=2))
-        save_grid(torch.cat(shown), self.output_dir / "samples" / f"{self.step}.png")
+        self.show(torch.cat(shown))
         return {"held_out/psnr": sum(decibels) / len(decibels)}
 
 
@@ -206,7 +251,8 @@ class DenoiserTrainer(TrainingLoop):
 
     def __init__(self, config: SurrogateTrainingConfig, vae: AutoencoderKL):
         self.vae = vae.eval().requires_grad_(False)
-        self.tokenizer = build_tokenizer((*config.captions, *config.rare_tokens))
+        photos = list(zip(*config.load_photos()))
+        self.tokenizer = build_tokenizer((*config.captions, *config.rare_tokens), [c for _, c in photos if c])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.text_encoder = CLIPTextModel(
@@ -241,9 +287,9 @@ class DenoiserTrainer(TrainingLoop):
         self.device = self.accelerator.device
         self.vae.to(self.device)
         self.scheduler = DDPMScheduler(**SCHEDULE, prediction_type=config.prediction_type)
-        train, held_out = split_held_out(list_photos(config.train_data_dir))
-        self.latents = self._encode_all(load_faces(train, config.resolution))
-        self.held_out = self._encode_all(load_faces(held_out, config.resolution))
+        train, held_out = split_held_out(photos)
+        self.latents, self.captions = self._encode_all(train)
+        self.held_out, self.held_out_captions = self._encode_all(held_out)
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -265,9 +311,10 @@ class DenoiserTrainer(TrainingLoop):
         """One optimizer step with this source of randomness; returns the figures to log."""
         config = self.config
         which = torch.randint(0, len(self.latents), (config.train_batch_size,), generator=generator)
-        captions = torch.randint(0, len(config.captions), (len(which),), generator=generator).tolist()
+        templates = torch.randint(0, len(config.captions), (len(which),), generator=generator).tolist()
         dropped = (torch.rand(len(which), generator=generator) < config.caption_dropout).tolist()
-        captions = ["" if drop else config.captions[i] for i, drop in zip(captions, dropped)]
+        captions = [self.captions[i] or config.captions[template] for i, template in zip(which, templates)]
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped)]
         loss = self._loss(self.latents[which], captions, generator)
         norm = self.update("denoiser", loss)
         return {"loss": loss.item(), "gradient_norm": norm}
@@ -276,10 +323,10 @@ class DenoiserTrainer(TrainingLoop):
     def validate(self) -> dict[str, float]:
         """The loss on held-out faces, always with the same draws, and a picture of samples."""
         generator = torch.Generator().manual_seed(0)
-        captions = [self.config.captions[i % len(self.config.captions)] for i in range(len(self.held_out))]
+        templates = self.config.captions
+        captions = [caption or templates[i % len(templates)] for i, caption in enumerate(self.held_out_captions)]
         loss = self._loss(self.held_out, captions, generator).item()
-        samples = self.sample(self.config.num_validation_images)
-        save_grid(samples, self.output_dir / "samples" / f"{self.step}.png")
+        self.show(self.sample(self.config.num_validation_images))
         return {"held_out/loss": loss}
 
     def sample(self, count: int, steps: int = 25, guidance_scale: float = 2.5) -> torch.Tensor:
@@ -323,14 +370,25 @@ class DenoiserTrainer(TrainingLoop):
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
     @torch.no_grad()
-    def _encode_all(self, faces: torch.Tensor) -> torch.Tensor:
-        """Posteriors of the faces and of their mirror images: mean and standard deviation, one after the other."""
-        posteriors = []
-        for image in faces:
+    def _encode_all(self, photos: list[tuple[Source, str | None]]) -> tuple[torch.Tensor, list[str | None]]:
+        """Posteriors of the faces and of their mirror images, mean and standard deviation one after the other.
+
+        And their captions. Unreadable photos are left out.
+        """
+        posteriors, captions = [], []
+        for source, caption in photos:
+            try:
+                image = load_face(source, self.config.resolution)
+            except PhotoError as error:
+                logger.warning("left out: %s", error)
+                continue
             pair = torch.stack([image, image.flip(2)]).to(self.device)
             posterior = self.vae.encode(pair * 2 - 1).latent_dist
             posteriors.append(torch.cat([posterior.mean, posterior.std], dim=1).cpu())
-        return torch.cat(posteriors)
+            captions += [caption, caption]
+        if not posteriors:
+            raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
+        return torch.cat(posteriors), captions
 
 
 def train_surrogate(
@@ -357,8 +415,10 @@ def train_surrogate(
     figures |= denoiser.train(resume=resume and any(denoiser.output_dir.glob("checkpoint-*")))
     settings = asdict(config)
     del settings["output_dir"]
-    for key in ("train_data_dir", "feature_encoders"):  # names, for the folders are this machine's
-        settings[key] = [Path(value).name for value in settings[key]]
+    for key in ("train_data_dir", "feature_encoders"):
+        settings[key] = [portable_name(value) for value in settings[key]]
+    for key in ("dataset_name", "vae_init_from"):
+        settings[key] = portable_name(settings[key])
     record = {
         "config": settings,
         "photos": {
@@ -376,35 +436,31 @@ def train_surrogate(
     return denoiser, record
 
 
-def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer, byte-level, in which every word of these texts is one token; any other text works, too."""
+def build_tokenizer(texts: Sequence[str], captions: Sequence[str] = (), words: int = 8000) -> CLIPTokenizer:
+    """A CLIP tokenizer, byte-level; any text works.
+
+    Every word of `texts` is one token, and so are the `words` most frequent of `captions`.
+    """
     alphabet = sorted(_byte_characters())
     tokens = [*alphabet, *(character + "</w>" for character in alphabet)]
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}  # of merges
     whole = CLIPTokenizer()  # knows how text is cut into words
-    for word in dict.fromkeys(
-        w for text in texts for w, _ in whole.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    ):
+
+    def split(text: str) -> list[str]:
+        return [word for word, _ in whole.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text.lower())]
+
+    frequent = Counter(word for caption in captions for word in split(caption)).most_common(words)
+    for word in dict.fromkeys([*(w for text in texts for w in split(text)), *(w for w, _ in frequent)]):
         parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # from the left
-            merge, parts = (parts[0], parts[1]), [parts[0] + parts[1], *parts[2:]]
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append(parts[0])
+        while len(parts) > 1:  # the earliest merge first, as the tokenizer will do it; where there is none, a new one
+            pairs = list(zip(parts, parts[1:]))
+            first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+            ranks.setdefault(pairs[first], len(ranks))
+            parts[first : first + 2] = ["".join(pairs[first])]
+            tokens.append(parts[first])
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
-
-
-def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
-    """Save (N,3,H,W) in [0,1] as one picture."""
-    from PIL import Image
-
-    rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]
-    width = max(row.shape[2] for row in rows)
-    grid = torch.cat([F.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(ranks), model_max_length=77)
 
 
 def _byte_characters() -> list[str]:
@@ -422,6 +478,11 @@ def _pixel_loss(moved: torch.Tensor, images: torch.Tensor, gradient_weight: floa
     loss = sum(F.l1_loss(F.avg_pool2d(moved, s), F.avg_pool2d(images, s)) for s in (1, 2, 4))
     error = moved - images
     return loss + gradient_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+
+
+def _tell(head: nn.Module, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """What can be read off our latents about these features, at their resolution."""
+    return F.interpolate(head(latents), size=features.shape[-2:], mode="nearest")
 
 
 def _mean_displacement(features: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
