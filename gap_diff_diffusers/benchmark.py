@@ -9,7 +9,9 @@ import importlib
 
 BENCHMARKS = {  # name: (module, what it measures)
     "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
+    "identity": ("benchmark_identity", "what DreamBooth learns of people, from clean and from protected photos"),
     "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),
+    "surrogate": ("benchmark_surrogate", "whether a face model draws faces, and can be misled as real ones can"),
     "throughput": ("benchmark_throughput", "many photos through the command, beside one photo at a time"),
     "speed": ("benchmark_speed", "seconds and peak memory: the default network beside the paper's"),
 }

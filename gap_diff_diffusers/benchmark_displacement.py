@@ -25,6 +25,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="pipeline to measure (default: the bundled one)")
     parser.add_argument("--count", type=int, default=16, help="held-out photos to measure on (default: %(default)s)")
+    add_output_argument(parser)
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Where to write; of every benchmark that ends in `report`."""
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON, too")
 
 
@@ -144,11 +149,16 @@ def load(arguments: argparse.Namespace):
 
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
-    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
-        raise ValueError(f"expected --output in a folder that exists, got {arguments.output}; make it first")
+    check_output(arguments)
     pipeline = load_pipeline(arguments.checkpoint, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     return [EncoderSurrogate.from_pretrained(encoder) for encoder in arguments.encoders], pipeline
+
+
+def check_output(arguments: argparse.Namespace) -> None:
+    """ValueError if the figures could not be written at the end."""
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise ValueError(f"expected --output in a folder that exists, got {arguments.output}; make it first")
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -177,6 +187,8 @@ def report(arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[
 
     sys.stdout.write(to_markdown(figures))
     if arguments.output:
-        setting = {"checkpoint": arguments.checkpoint or "bundled", "jpeg_quality": JPEG_QUALITY, "levels": LEVELS}
+        setting = {"jpeg_quality": JPEG_QUALITY, "levels": LEVELS}
+        if "checkpoint" in arguments:
+            setting["checkpoint"] = arguments.checkpoint or "bundled"
         write_json(arguments.output, figures | setting | {"versions": provenance()})
     return 0

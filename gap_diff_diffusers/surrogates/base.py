@@ -224,10 +224,22 @@ class DiffusionSurrogate(Surrogate):
             ValueError: a shape or a timestep does not fit.
         """
         check_images(images, self.size_multiple)
-        count = len(images)
+        latents = encode_latents(self.vae, images, sample=sample_posterior, generator=generator)
+        return self.latent_denoising_loss(latents, prompt, timesteps=timesteps, noise=noise, generator=generator)
+
+    def latent_denoising_loss(
+        self,
+        latents: torch.Tensor,
+        prompt: Prompt,
+        *,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """`denoising_loss` of photos whose unscaled latents (N,C,h,w) are known."""
+        count = len(latents)
         embedding = prompt if isinstance(prompt, PromptEmbedding) else self.encode_prompt(prompt)
         embedding = embedding.expand(count)
-        latents = encode_latents(self.vae, images, sample=sample_posterior, generator=generator)
         latents = self.scale_latents(latents)
         if noise is None:
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)

@@ -1,0 +1,98 @@
+"""`gap-diff benchmark surrogate`: whether a face model is worth attacking and protecting against.
+
+Its autoencoder must keep detail, and must be possible to mislead as those of real models are; its samples must be
+faces.
+"""
+
+import argparse
+import time
+
+from .benchmark_displacement import LEVELS, add_output_argument, check_output, pgd, report, spread, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
+    parser.add_argument(
+        "--model", default="bundled", metavar="FOLDER|ID", help="text-to-image model (default: bundled)"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="side of its pictures (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=16, help="held-out photos for PGD (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=64, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--prompt", default="a photo of a person", help="of the samples (default: %(default)s)")
+    parser.add_argument("--pictures", metavar="FILE", help="save the samples as one picture")
+    add_output_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure the autoencoder on held-out faces, and count faces in samples."""
+    import torch
+
+    from .data import list_photos, load_faces, save_grid, split_held_out
+    from .finetuning import generate_images
+    from .metrics.identity import DlibFaces
+    from .surrogates import load_surrogate
+
+    for name in ("count", "samples"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"expected --{name} of at least 1, got {getattr(arguments, name)}")
+    check_output(arguments)
+    faces = DlibFaces()
+    surrogate = load_surrogate(arguments.model)
+    _, held_out = split_held_out(list_photos(arguments.photos))
+    images = load_faces(held_out, arguments.resolution)
+    with torch.no_grad():
+        decoded = [surrogate.vae.decode(surrogate.encode_images(image[None])).sample for image in images]
+    decoded = ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+    psnr = (-10 * (decoded - images).square().mean(dim=(1, 2, 3)).log10()).mean().item()
+
+    few = torch.stack(spread(list(images), arguments.count))
+    moved = pgd(surrogate, few)
+    displacement = surrogate_displacement(surrogate, few, moved)
+
+    started = time.perf_counter()
+    samples = generate_images(surrogate.pipeline, arguments.prompt, arguments.samples, resolution=arguments.resolution)
+    seconds = time.perf_counter() - started
+    if arguments.pictures:
+        save_grid(samples, arguments.pictures)
+    counts = [len(faces.embeddings(sample)) for sample in samples]
+    figures = {
+        "held_out": len(images),
+        "psnr": psnr,
+        "pgd_photos": len(few),
+        "pgd_displacement": displacement,
+        "samples": len(samples),
+        "one_face": counts.count(1) / len(counts),
+        "no_face": counts.count(0) / len(counts),
+        "seconds": seconds,
+        "prompt": arguments.prompt,
+        "model": surrogate.name,
+    }
+    return report(arguments, figures, to_markdown)
+
+
+def surrogate_displacement(surrogate, images, moved) -> float:
+    """Mean displacement of the latents of photos (N,3,H,W), nothing published in between."""
+    import torch
+
+    from .surrogates.encoder import encoder_displacement
+
+    with torch.no_grad():
+        values = [
+            encoder_displacement(surrogate.encode_images(x[None]), surrogate.encode_images(y[None]))
+            for x, y in zip(images, moved)
+        ]
+    return torch.cat(values).mean().item()
+
+
+def to_markdown(record: dict) -> str:
+    """The record as a table."""
+    rows = [
+        [f"PSNR of the autoencoder, {record['held_out']} held-out faces", f"{record['psnr']:.1f} dB"],
+        [
+            f"displacement by 60-step PGD at {LEVELS} levels, {record['pgd_photos']} of them",
+            f"{record['pgd_displacement']:.2f} of the latents' variance",
+        ],
+        [f'"{record["prompt"]}": samples with one face', f"{record['one_face']:.0%} of {record['samples']}"],
+        ["the same, without a face", f"{record['no_face']:.0%}"],
+    ]
+    return table(f"The face model {record['model']}", ["what", "figure"], rows)

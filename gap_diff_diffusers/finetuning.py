@@ -1,0 +1,303 @@
+"""DreamBooth: what an attacker does with a few photos of a person, and what alternating protections do in between.
+
+Paper: DreamBooth (CVPR 2023, arXiv 2208.12242). The loss is that of `train_dreambooth.py` of diffusers: the mean over
+the photos plus `prior_loss_weight` times the mean over pictures of the class that the model itself drew before.
+
+Differences from that script: latents are encoded once, in float32; the weights that learn stay float32 in every
+precision, for steps as small as these vanish in bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from .models.gap_diff_generator import resize
+from .surrogates.base import DiffusionSurrogate, PromptEmbedding
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig:
+    """Settings of one personalization; the defaults are those of GAP-Diff's attacker (paper, section V).
+
+    Attributes:
+        instance_prompt: what the model is told of every photo; has the rare token.
+        rare_token: the word that shall come to mean the person.
+        class_prompt: what the model is told of pictures of the class.
+        resolution: side in pixels of the squares that the photos are resized to, or become by cutting their centers.
+        max_train_steps: optimizer steps.
+        train_batch_size: photos per step; with a number that the photos do not divide, some come more often.
+        prior_batch_size: pictures of the class per step.
+        prior_loss_weight: of their loss; 0 leaves them out.
+        num_class_images: pictures of the class to draw, if none are given.
+        train_text_encoder: "no"; "token" for the rare token's embedding alone; "yes" for all its weights.
+        learning_rate: of the denoiser; constant, of Adam with decoupled weight decay.
+        text_learning_rate: of what is trained in the text encoder; None for `learning_rate`.
+        adam_weight_decay: of all weights but a token's embedding.
+        max_grad_norm: gradients are scaled down to this norm.
+        mixed_precision: of the forward pass, "no", "bf16" or "fp16".
+        num_inference_steps, guidance_scale: of drawing the class pictures.
+        seed: of everything random.
+    """
+
+    instance_prompt: str = "a photo of sks person"
+    rare_token: str = "sks"
+    class_prompt: str = "a photo of person"
+    resolution: int = 512
+    max_train_steps: int = 1000
+    train_batch_size: int = 2
+    prior_batch_size: int = 2
+    prior_loss_weight: float = 1.0
+    num_class_images: int = 200
+    train_text_encoder: str = "yes"
+    learning_rate: float = 5e-7
+    text_learning_rate: float | None = None
+    adam_weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, known in (
+            ("train_text_encoder", ("no", "token", "yes")),
+            ("mixed_precision", ("no", "bf16", "fp16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("resolution", "max_train_steps", "train_batch_size", "prior_batch_size", "num_class_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected a {name} of at least 1, got {getattr(self, name)}")
+        if self.rare_token not in self.instance_prompt.split():
+            raise ValueError(
+                f"expected an instance_prompt with the word {self.rare_token!r}, got {self.instance_prompt!r}"
+            )
+
+
+FACE_MODEL_ATTACK = DreamBoothConfig(
+    resolution=256,
+    max_train_steps=450,
+    train_batch_size=4,
+    prior_batch_size=2,
+    num_class_images=32,
+    train_text_encoder="token",
+    learning_rate=4e-4,
+    text_learning_rate=4e-3,
+    adam_weight_decay=1e-4,
+    num_inference_steps=20,
+    guidance_scale=2.5,
+)
+"""What learns a person on the bundled face model, on two CPU cores in minutes."""
+
+
+class DreamBooth:
+    """One personalization of a surrogate, in place: its denoiser, and as configured its text encoders.
+
+    Args:
+        surrogate: its weights change, and stay changed. Those that learn are made float32.
+        images: (N,3,H,W) in [0,1], the photos of one person.
+        config: the settings.
+        class_images: (M,3,H,W) in [0,1], pictures of the class; None to let the model draw them, if it needs any.
+
+    Raises:
+        ValueError: no photos, or a rare token that the tokenizer cannot tell from others.
+    """
+
+    def __init__(
+        self,
+        surrogate: DiffusionSurrogate,
+        images: torch.Tensor,
+        config: DreamBoothConfig,
+        *,
+        class_images: torch.Tensor | None = None,
+    ):
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f"expected photos of shape (N, 3, H, W), got {tuple(images.shape)}")
+        self.surrogate, self.config = surrogate, config
+        self.device = surrogate.denoiser.device
+        if config.prior_loss_weight and class_images is None:
+            class_images = generate_images(
+                surrogate.pipeline,
+                config.class_prompt,
+                config.num_class_images,
+                resolution=config.resolution,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+            )
+        self.posteriors = self._encode(images)
+        self.class_posteriors = self._encode(class_images) if config.prior_loss_weight else None
+        self.prompts = [config.instance_prompt] + [config.class_prompt] * bool(config.prior_loss_weight)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        groups = [{"params": list(surrogate.denoiser.float().parameters())}]
+        text = self._text_parameters()
+        if text:
+            decay = 0.0 if config.train_text_encoder == "token" else config.adam_weight_decay
+            rate = config.learning_rate if config.text_learning_rate is None else config.text_learning_rate
+            groups.append({"params": text, "lr": rate, "weight_decay": decay})
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        with torch.no_grad():
+            self.embedding = surrogate.encode_prompt(self.prompts)
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss."""
+        config, generator = self.config, self.generator
+        latents = [_draw(self.posteriors, config.train_batch_size, generator)]
+        if self.class_posteriors is not None:
+            latents.append(_draw(self.class_posteriors, config.prior_batch_size, generator))
+        counts = [len(part) for part in latents]
+        latents = torch.cat(latents)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = self.surrogate.draw_timesteps(len(latents), generator)
+        with self._learning():
+            with self._autocast():
+                embedding = self.embedding
+                if config.train_text_encoder != "no":
+                    embedding = self.surrogate.encode_prompt(self.prompts)
+                losses = self.surrogate.latent_denoising_loss(
+                    latents.to(self.device),
+                    _repeat(embedding, counts),
+                    timesteps=timesteps.to(self.device),
+                    noise=noise.to(self.device),
+                )
+            instance, *prior = losses.float().split(counts)
+            loss = instance.mean() + sum(config.prior_loss_weight * part.mean() for part in prior)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        for weight, rows in self._token_rows:
+            rest = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+            rest[rows] = False
+            weight.grad[rest] = 0
+        nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(
+                f"the loss is {value}; lower the learning rate of {config.learning_rate}, or use mixed_precision no"
+            )
+        return value
+
+    def train(self, progress: bool = True) -> list[float]:
+        """All steps; returns the losses."""
+        steps = tqdm(range(self.config.max_train_steps), desc="DreamBooth", disable=not progress)
+        return [self.step() for _ in steps]
+
+    def _text_parameters(self) -> list[nn.Parameter]:
+        """What learns in the text encoders."""
+        self._token_rows: list[tuple[nn.Parameter, list[int]]] = []
+        if self.config.train_text_encoder == "no":
+            return []
+        for encoder in self.surrogate.text_encoders:
+            encoder.float()
+        if self.config.train_text_encoder == "yes":
+            return [parameter for encoder in self.surrogate.text_encoders for parameter in encoder.parameters()]
+        components = self.surrogate.pipeline.components
+        for suffix in ("", "_2", "_3"):
+            tokenizer, encoder = components.get("tokenizer" + suffix), components.get("text_encoder" + suffix)
+            if encoder is not None:
+                rows = tokenizer(self.config.rare_token, add_special_tokens=False).input_ids
+                self._token_rows.append((encoder.get_input_embeddings().weight, rows))
+        return [weight for weight, _ in self._token_rows]
+
+    @contextlib.contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Weights take gradients inside; outside they are as frozen as those of any surrogate."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @torch.no_grad()
+    def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and standard deviations (N,C,h,w) of the photos' posteriors."""
+        means, deviations = [], []
+        for image in images:
+            square = center_square(image[None], self.config.resolution).to(self.device)
+            encoded = self.surrogate.vae.encode((square * 2 - 1).to(self.surrogate.vae.dtype))
+            if hasattr(encoded, "latent_dist"):
+                mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
+            else:
+                mean, deviation = encoded.latents, torch.zeros_like(encoded.latents)
+            means.append(mean.float().cpu())
+            deviations.append(deviation.float().cpu())
+        return torch.cat(means), torch.cat(deviations)
+
+
+@torch.no_grad()
+def generate_images(
+    pipeline: DiffusionPipeline,
+    prompt: str,
+    count: int,
+    *,
+    resolution: int,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 2.5,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Draw `count` pictures with the seeds `seed`, `seed` + 1 and so on: (count,3,H,W) float32 in [0,1], on the CPU.
+
+    A picture depends on its own seed, not on how many are drawn.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in tqdm(range(0, count, batch_size), desc="generating", disable=not progress):
+        size = min(batch_size, count - start)
+        drawn = pipeline(
+            [prompt] * size,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + start + index) for index in range(size)],
+            output_type="pt",
+        ).images
+        images.append(drawn.float().cpu())
+    return torch.cat(images)
+
+
+def center_square(images: torch.Tensor, side: int) -> torch.Tensor:
+    """The centers of images (N,3,H,W), at this side: (N,3,side,side)."""
+    height, width = images.shape[-2:]
+    length = min(height, width)
+    top, left = (height - length) // 2, (width - length) // 2
+    square = images[..., top : top + length, left : left + length]
+    return square if length == side else resize(square, (side, side))
+
+
+def _draw(posteriors: tuple[torch.Tensor, torch.Tensor], count: int, generator: torch.Generator) -> torch.Tensor:
+    """Latents of photos that are drawn so that each comes as often as the others, as nearly as can be."""
+    mean, deviation = posteriors
+    rounds = [torch.randperm(len(mean), generator=generator) for _ in range(math.ceil(count / len(mean)))]
+    which = torch.cat(rounds)[:count]
+    noise = torch.randn((count, *mean.shape[1:]), generator=generator)
+    return mean[which] + deviation[which] * noise
+
+
+def _repeat(embedding: PromptEmbedding, counts: list[int]) -> PromptEmbedding:
+    """The first prompt's embedding for the first count of latents, and so on."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(embedding.prompt_embeds.device)
+    pooled = embedding.pooled_prompt_embeds
+    return PromptEmbedding(embedding.prompt_embeds[rows], None if pooled is None else pooled[rows])

@@ -1,0 +1,89 @@
+"""`gap-diff benchmark identity` and `surrogate`: they run end to end on a tiny model, and say what they found."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_metrics import ASTRONAUT
+from test_surrogate_training import make_config
+
+from gap_diff_diffusers import benchmark_identity, benchmark_surrogate, finetuning, load_surrogate
+from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.finetuning import DreamBoothConfig
+from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
+
+
+@pytest.fixture
+def model(photos, tmp_path):
+    config = make_config(photos, tmp_path)
+    DenoiserTrainer(config, AutoencoderTrainer(config).vae).pipeline.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def people(tmp_path):
+    photo = Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 356, 256))
+    for person in ("first", "second"):
+        for part in ("set_B", "set_C"):
+            (tmp_path / "people" / person / part).mkdir(parents=True)
+            photo.save(tmp_path / "people" / person / part / "0.png")
+    return tmp_path / "people"
+
+
+def test_identity_attacks_every_variant_of_every_person(model, people, checkpoint, tmp_path, monkeypatch, capsys):
+    attack = DreamBoothConfig(resolution=64, max_train_steps=1, num_class_images=2, num_inference_steps=2)
+    monkeypatch.setattr(finetuning, "FACE_MODEL_ATTACK", attack)
+    output = tmp_path / "identity.json"
+    command = ["benchmark", "identity", "--people", str(people), "--model", model, "--checkpoint", checkpoint]
+    command += ["--count", "2", "--output", str(output), "--pictures", str(tmp_path / "pictures")]
+    assert main(command) == 0
+    record = json.loads(output.read_text())
+    assert [(r["person"], r["variant"]) for r in record["results"]] == [
+        (person, variant) for person in ("first", "second") for variant in benchmark_identity.VARIANTS
+    ]
+    assert all(r["fdfr"] == 1 and r["recognised"] == 0 for r in record["results"])  # noise has no face
+    assert record["attack"]["max_train_steps"] == 1 and record["checkpoint"] == checkpoint
+    assert "| clean | 0% | 100% | 0% | 0% |" in capsys.readouterr().out
+    assert len(list((tmp_path / "pictures").iterdir())) == 6
+
+
+def test_the_table_has_means_over_people():
+    results = [
+        {"person": person, "variant": "clean", "recognised": recognised, "fdfr": fdfr, "seconds": seconds}
+        for person, recognised, fdfr, seconds in (("a", 1.0, 0.0, 100.0), ("b", 0.5, 0.25, 200.0))
+    ]
+    table = benchmark_identity.to_markdown({"model": "m", "pictures": 32, "results": results})
+    assert "| clean | 75% | 12% | 100% | 50% | 200 s |" in table
+
+
+def test_people_that_are_not_there_are_named(people):
+    assert [path.name for path in benchmark_identity.find_people(people, ["second"])] == ["second"]
+    with pytest.raises(ValueError, match="found none for third"):
+        benchmark_identity.find_people(people, ["third"])
+    with pytest.raises(ValueError, match="found none$"):
+        benchmark_identity.find_people(people / "first" / "set_B")
+    (people / "first" / "set_C" / "0.png").unlink()
+    (people / "first" / "set_C").rmdir()
+    with pytest.raises(ValueError, match="expected a folder set_C"):
+        benchmark_identity.find_people(people)
+
+
+def test_surrogate_measures_the_autoencoder_and_counts_faces(model, photos, tmp_path, capsys):
+    output = tmp_path / "surrogate.json"
+    command = ["benchmark", "surrogate", "--photos", str(photos), "--model", model, "--resolution", "64"]
+    command += ["--count", "1", "--samples", "2", "--output", str(output), "--pictures", str(tmp_path / "s.png")]
+    assert main(command) == 0
+    record = json.loads(output.read_text())
+    assert record["held_out"] == 2 and record["samples"] == 2 and record["no_face"] == 1
+    assert record["pgd_displacement"] > 0 and 0 < record["psnr"] < 30
+    assert f"| {record['psnr']:.1f} dB |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "s.png").size == (128, 64)
+    assert "jpeg_quality" in record and "checkpoint" not in record
+
+
+def test_displacement_without_a_change_is_zero(model):
+    surrogate = load_surrogate(model)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert benchmark_surrogate.surrogate_displacement(surrogate, images, images) == 0
+    assert benchmark_surrogate.surrogate_displacement(surrogate, images, 1 - images) > 0

@@ -1,0 +1,61 @@
+"""Faces and identities, with dlib and its real weights, on the example photo."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gap_diff_diffusers
+from gap_diff_diffusers.data import load_face
+from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult
+
+ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return DlibFaces()
+
+
+@pytest.fixture(scope="module")
+def face():
+    return load_face(ASTRONAUT, 512)[:, :256, 100:356]
+
+
+def test_a_person_is_recognised_and_a_picture_without_a_face_is_not(faces, face):
+    noisy = face + 0.05 * torch.randn(face.shape, generator=torch.Generator().manual_seed(0))
+    nothing = torch.full_like(face, 0.5)
+    found = faces.compare([face, face.flip(2), noisy, nothing], [face])
+    assert found.distances[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < found.distances[1] < 0.6 and 0 < found.distances[2] < 0.6
+    assert found.distances[3] is None
+    assert found.single == 3
+    assert found.match_rate == 0.75 and found.detection_failure_rate == 0.25 and found.single_face_rate == 0.75
+
+
+def test_the_largest_of_several_faces_counts(faces, face):
+    small = torch.nn.functional.interpolate(face[None], scale_factor=0.5, mode="area")[0]
+    both = torch.full((3, 256, 400), 0.5)
+    both[:, :, :256], both[:, 64:192, 264:392] = face, small
+    assert [embedding.shape for embedding in faces.embeddings(both)] == [(128,), (128,)]
+    found = faces.compare([both], [face])
+    assert found.single == 0 and found.distances[0] < 0.2
+
+
+def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):
+    with pytest.raises(ValueError, match="found none in 1 photos"):
+        faces.compare([face], [torch.zeros_like(face)])
+    with pytest.raises(ValueError, match="expected pictures"):
+        faces.compare([], [face])
+
+
+def test_a_distance_at_the_threshold_is_another_person():
+    found = IdentityResult(distances=[0.6, 0.59, None, 0.9], single=3)
+    assert found.match_rate == 0.25 and found.detection_failure_rate == 0.25
+
+
+def test_a_missing_backend_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    with pytest.raises(ImportError, match=r"gap_diff_diffusers\[metrics\]"):
+        DlibFaces()
