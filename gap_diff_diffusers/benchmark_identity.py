@@ -99,12 +99,13 @@ def find_people(folder: str, only: list[str] | None = None) -> list[Path]:
     Raises:
         ValueError: there is none, one of `only` is missing, or one has no set_B or set_C.
     """
-    found = (
-        {path.name: path for path in sorted(Path(folder).iterdir()) if path.is_dir()} if Path(folder).is_dir() else {}
-    )
+    found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/set_*"))}
     missing = sorted(set(only or ()) - set(found))
     if not found or missing:
-        raise ValueError(f"expected folders of people in {folder}, found {', '.join(missing) or 'nothing'} missing")
+        raise ValueError(
+            f"{folder}: expected a folder a person with set_B and set_C in it, found none"
+            + (f" for {', '.join(missing)}" if missing else "")
+        )
     people = [path for name, path in found.items() if only is None or name in only]
     for person in people:
         for part in ("set_B", "set_C"):

@@ -61,7 +61,7 @@ def test_people_that_are_not_there_are_named(people):
     assert [path.name for path in benchmark_identity.find_people(people, ["second"])] == ["second"]
     with pytest.raises(ValueError, match="found none for third"):
         benchmark_identity.find_people(people, ["third"])
-    with pytest.raises(ValueError, match="found none$"):
+    with pytest.raises(ValueError, match=r"found none$"):
         benchmark_identity.find_people(people / "first" / "set_B")
     (people / "first" / "set_C" / "0.png").unlink()
     (people / "first" / "set_C").rmdir()
