@@ -12,6 +12,7 @@ BENCHMARKS = {  # name: (module, what it measures)
     "identity": ("benchmark_identity", "what DreamBooth learns of people, from clean and from protected photos"),
     "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),
     "surrogate": ("benchmark_surrogate", "whether a face model draws faces, and can be misled as real ones can"),
+    "training": ("benchmark_training", "steps a second of training, beside a loop like the released code's"),
     "throughput": ("benchmark_throughput", "many photos through the command, beside one photo at a time"),
     "speed": ("benchmark_speed", "seconds and peak memory: the default network beside the paper's"),
 }

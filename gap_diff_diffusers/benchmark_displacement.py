@@ -183,12 +183,12 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 def report(arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[dict], str]) -> int:
     """Print the figures as a table, and write them with their setting, if asked for."""
-    from .config import provenance, write_json
+    from .config import portable_name, provenance, write_json
 
     sys.stdout.write(to_markdown(figures))
     if arguments.output:
         setting = {"jpeg_quality": JPEG_QUALITY, "levels": LEVELS}
         if "checkpoint" in arguments:
-            setting["checkpoint"] = arguments.checkpoint or "bundled"
+            setting["checkpoint"] = portable_name(arguments.checkpoint) or "bundled"
         write_json(arguments.output, figures | setting | {"versions": provenance()})
     return 0

@@ -1,20 +1,22 @@
 """`gap-diff benchmark identity`: what DreamBooth learns of a person from photos, clean and protected.
 
 For every person a folder with `set_B`, the photos that are published and that the attacker learns, and `set_C`, clean
-ones to compare with (the protocol of Anti-DreamBooth and GAP-Diff).
+ones to compare with (the protocol of Anti-DreamBooth and GAP-Diff); for ASPL also `set_A`, the protector's own.
 """
 
 import argparse
 import copy
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .benchmark_displacement import JPEG_QUALITY, LEVELS, SIZE, add_output_argument, check_output, report, table
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = ("clean", "protected", "protected, then JPEG 70")
+JPEG = "JPEG 70"
+VARIANTS = ("clean", "protected", f"protected, then {JPEG}", f"ASPL, then {JPEG}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,35 +36,53 @@ def run(arguments: argparse.Namespace) -> int:
     """Personalize the model on each person's photos, draw pictures and look for the person in them."""
     from dataclasses import asdict
 
+    from .config import write_json
     from .data import list_photos, load_faces, save_grid
     from .finetuning import FACE_MODEL_ATTACK, DreamBooth, generate_images
     from .metrics.identity import DlibFaces
     from .protect import load_pipeline
+    from .protections.anti_dreambooth import ASPLConfig, aspl
     from .surrogates import load_surrogate
     from .transforms import RealJPEG
 
     check_output(arguments)
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
-    people = find_people(arguments.people, arguments.only)
+    people = find_people(arguments.people, arguments.only, arguments.variants)
     faces = DlibFaces()
     surrogate = load_surrogate(arguments.model)
     protection = load_pipeline(arguments.checkpoint, "cpu")
     protection.set_progress_bar_config(disable=True)
     attack = FACE_MODEL_ATTACK
+    references = {p: list(load_faces(list_photos([p / "set_C"]), SIZE)) for p in people}
+    for person, reference in references.items():
+        if not any(faces.embeddings(image) for image in reference):
+            raise ValueError(f"{person / 'set_C'}: expected photos with a face, found none in {len(reference)}")
+    started = time.perf_counter()
     class_images = generate_images(
         surrogate.pipeline, attack.class_prompt, attack.num_class_images, resolution=attack.resolution, seed=10_000
     )
+    class_seconds = time.perf_counter() - started
     publish = RealJPEG(JPEG_QUALITY).eval()
-    results = []
+    results: list[dict] = []
+    figures = {
+        "model": surrogate.name,
+        "pictures": arguments.count,
+        "attack": asdict(attack),
+        "class_images_seconds": class_seconds,
+        "results": results,
+    }
     for person in people:
         photos = load_faces(list_photos([person / "set_B"]), SIZE)
-        reference = list(load_faces(list_photos([person / "set_C"]), SIZE))
         for variant in arguments.variants:
             published = photos
-            if variant != "clean":
+            if variant.startswith("protected"):
                 published = protection(photos, LEVELS / 255, output_type="pt").images
-            if variant.endswith("JPEG 70"):
+            elif variant.startswith("ASPL"):
+                own = load_faces(list_photos([person / "set_A"]), SIZE)
+                settings = ASPLConfig(eps=LEVELS / 255)
+                published = aspl(surrogate, photos, own, settings, attack=attack, class_images=class_images)
+            if variant.endswith(JPEG):
                 published = publish(published)
             started = time.perf_counter()
             victim = copy.deepcopy(surrogate)
@@ -70,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             pictures = generate_images(
                 victim.pipeline, attack.instance_prompt, arguments.count, resolution=attack.resolution
             )
-            seconds = time.perf_counter() - started
-            found = faces.compare(pictures, reference)
+            seconds = time.perf_counter() - started + class_seconds
+            found = faces.compare(pictures, references[person])
             results.append(
                 {
                     "person": person.name,
@@ -82,23 +102,20 @@ def run(arguments: argparse.Namespace) -> int:
                 }
             )
             logger.info("%s, %s: %.0f %% recognised", person.name, variant, 100 * found.match_rate)
+            if arguments.output:  # what is done stays, should it stop
+                write_json(arguments.output, figures)
             if arguments.pictures:
                 save_grid(pictures, Path(arguments.pictures) / f"{person.name} {variant}.png")
-    figures = {
-        "model": surrogate.name,
-        "pictures": arguments.count,
-        "attack": asdict(attack),
-        "results": results,
-    }
     return report(arguments, figures, to_markdown)
 
 
-def find_people(folder: str, only: list[str] | None = None) -> list[Path]:
+def find_people(folder: str, only: list[str] | None = None, variants: Sequence[str] = ()) -> list[Path]:
     """The folders of the people to measure.
 
     Raises:
-        ValueError: there is none, one of `only` is missing, or one has no set_B or set_C.
+        ValueError: there is none, one of `only` is missing, or one lacks a set that the variants need.
     """
+    parts = ["set_B", "set_C"] + ["set_A"] * any(variant.startswith("ASPL") for variant in variants)
     found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/set_*"))}
     missing = sorted(set(only or ()) - set(found))
     if not found or missing:
@@ -108,7 +125,7 @@ def find_people(folder: str, only: list[str] | None = None) -> list[Path]:
         )
     people = [path for name, path in found.items() if only is None or name in only]
     for person in people:
-        for part in ("set_B", "set_C"):
+        for part in parts:
             if not (person / part).is_dir():
                 raise ValueError(f"{person}: expected a folder {part}, found none")
     return people

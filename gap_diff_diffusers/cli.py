@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"gap-diff {argv[0]}: error: {error}\n")
         return 2
-    except OSError as error:
+    except (OSError, ImportError, FloatingPointError) as error:
         sys.stderr.write(f"gap-diff {argv[0]}: error: {error}\n")
         return 1
     except KeyboardInterrupt:

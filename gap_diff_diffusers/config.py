@@ -9,6 +9,7 @@ import platform
 import subprocess
 import typing
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -16,7 +17,7 @@ LIBRARIES = ("torch", "diffusers", "kornia", "numpy", "pillow", "safetensors")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add a flag per field of a config dataclass: lists take several values, other structures take JSON."""
+    """Add a flag per field of a config dataclass: lists take several values, other structures JSON or a word."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
@@ -26,9 +27,18 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) ->
             hint = optional[0]
         if typing.get_origin(hint) is tuple:
             options |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+        elif hint is bool:
+            options |= {"type": json.loads, "nargs": "?", "const": True}
         else:
-            options["type"] = hint if hint in (str, int, float) else json.loads
+            options["type"] = hint if hint in (str, int, float) else _json_or_word
         parser.add_argument(f"--{field.name}", **options)
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def config_from_arguments(config_class: type, arguments: argparse.Namespace, path: str | os.PathLike | None = None):

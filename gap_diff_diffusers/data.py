@@ -1,8 +1,8 @@
 """Photos to train and to measure on: which ones, held out by a fixed rule, and what is cut out of them."""
 
-import contextlib
 import io
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .images import PHOTO_SUFFIXES, PhotoError, read_photo
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Source = str | os.PathLike | bytes
@@ -35,6 +37,7 @@ class PhotosConfig:
         caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
             None for no captions.
         max_train_samples: the first so many photos, or None for all.
+        data_description: what the photos are and on which terms, for the record and the model card.
     """
 
     train_data_dir: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class PhotosConfig:
     image_column: str = "image"
     caption_column: str | None = None
     max_train_samples: int | None = None
+    data_description: str = ""
 
     def __post_init__(self):
         if bool(self.train_data_dir) == bool(self.dataset_name):
@@ -61,7 +65,17 @@ class PhotosConfig:
             ImportError: a dataset, without the package `datasets`.
         """
         photos, captions = self._load_dataset() if self.dataset_name else self._load_folders()
+        wrong = [caption for caption in captions if not isinstance(caption, str | None)]
+        if wrong:
+            raise ValueError(f"expected captions as text in {self.caption_column!r}, got {wrong[0]!r}")
         return photos[: self.max_train_samples], captions[: self.max_train_samples]
+
+    def split_photos(self) -> tuple[list[Source], list[Source]]:
+        """The photos to train on, and those held out; ValueError if one of both would be empty."""
+        photos, _ = self.load_photos()
+        if len(photos) < 2:
+            raise ValueError(f"expected at least 2 photos, one of which is held out, got {len(photos)}")
+        return split_held_out(photos)
 
     def _load_folders(self) -> tuple[list[Source], list[str | None]]:
         photos = list_photos(self.train_data_dir)
@@ -70,7 +84,7 @@ class PhotosConfig:
         captions = {}
         for folder in map(Path, self.train_data_dir):
             path = folder / "metadata.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
             for row in map(json.loads, filter(None, lines)):
                 captions[folder / str(row.get("file_name"))] = row.get(self.caption_column)
         if not any(captions.values()):
@@ -93,8 +107,10 @@ class PhotosConfig:
                 raise ValueError(
                     f"expected a column {column!r} in {self.dataset_name}, got {', '.join(dataset.column_names)}"
                 )
+        if self.max_train_samples is not None:
+            dataset = dataset.select(range(min(len(dataset), self.max_train_samples)))
         dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))  # bad ones are skipped later
-        photos = [image["bytes"] or image["path"] for image in dataset[self.image_column]]
+        photos = [image["bytes"] or image["path"] if image else b"" for image in dataset[self.image_column]]
         captions = list(dataset[self.caption_column]) if self.caption_column else [None] * len(photos)
         return photos, captions
 
@@ -138,7 +154,7 @@ def face_square(source: Source) -> Image.Image:
     if isinstance(source, bytes):
         try:
             source = Image.open(io.BytesIO(source))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise PhotoError(f"cannot be read, is it an image? ({error})") from error
     image = Image.fromarray(read_photo(source).pixels).convert("RGB")
     side = min(image.size)
@@ -164,8 +180,10 @@ def load_faces(photos: Sequence[Source], size: int) -> torch.Tensor:
     """
     faces = []
     for source in photos:
-        with contextlib.suppress(PhotoError):
+        try:
             faces.append(load_face(source, size))
+        except PhotoError as error:
+            logger.warning("left out: %s", error)
     if not faces:
         raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
     return torch.stack(faces)

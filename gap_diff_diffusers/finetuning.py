@@ -3,8 +3,8 @@
 Paper: DreamBooth (CVPR 2023, arXiv 2208.12242). The loss is that of `train_dreambooth.py` of diffusers: the mean over
 the photos plus `prior_loss_weight` times the mean over pictures of the class that the model itself drew before.
 
-Differences from that script: latents are encoded once, in float32; the weights that learn stay float32 in every
-precision, for steps as small as these vanish in bfloat16.
+Differences from that script: latents are encoded once; all weights are float32 in every precision, for steps as small
+as these vanish in bfloat16, and mixed precision is autocast's.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class DreamBooth:
     """One personalization of a surrogate, in place: its denoiser, and as configured its text encoders.
 
     Args:
-        surrogate: its weights change, and stay changed. Those that learn are made float32.
+        surrogate: its weights change, and stay changed. All are made float32.
         images: (N,3,H,W) in [0,1], the photos of one person.
         config: the settings.
         class_images: (M,3,H,W) in [0,1], pictures of the class; None to let the model draw them, if it needs any.
@@ -124,7 +124,7 @@ class DreamBooth:
     ):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected photos of shape (N, 3, H, W), got {tuple(images.shape)}")
-        self.surrogate, self.config = surrogate, config
+        self.surrogate, self.config = surrogate.float(), config
         self.device = surrogate.denoiser.device
         if config.prior_loss_weight and class_images is None:
             class_images = generate_images(
@@ -140,7 +140,7 @@ class DreamBooth:
         self.class_posteriors = self._encode(class_images) if config.prior_loss_weight else None
         self.prompts = [config.instance_prompt] + [config.class_prompt] * bool(config.prior_loss_weight)
         self.generator = torch.Generator().manual_seed(config.seed)
-        groups = [{"params": list(surrogate.denoiser.float().parameters())}]
+        groups = [{"params": list(surrogate.denoiser.parameters())}]
         text = self._text_parameters()
         if text:
             decay = 0.0 if config.train_text_encoder == "token" else config.adam_weight_decay
@@ -201,8 +201,6 @@ class DreamBooth:
         self._token_rows: list[tuple[nn.Parameter, list[int]]] = []
         if self.config.train_text_encoder == "no":
             return []
-        for encoder in self.surrogate.text_encoders:
-            encoder.float()
         if self.config.train_text_encoder == "yes":
             return [parameter for encoder in self.surrogate.text_encoders for parameter in encoder.parameters()]
         components = self.surrogate.pipeline.components
@@ -210,6 +208,11 @@ class DreamBooth:
             tokenizer, encoder = components.get("tokenizer" + suffix), components.get("text_encoder" + suffix)
             if encoder is not None:
                 rows = tokenizer(self.config.rare_token, add_special_tokens=False).input_ids
+                if len(rows) != 1 and "CLIP" in type(tokenizer).__name__:
+                    raise ValueError(
+                        f"expected a rare_token that is one token, got {self.config.rare_token!r}, which is "
+                        f"{len(rows)}; choose another word, or train_text_encoder yes"
+                    )
                 self._token_rows.append((encoder.get_input_embeddings().weight, rows))
         return [weight for weight, _ in self._token_rows]
 
@@ -234,13 +237,13 @@ class DreamBooth:
         means, deviations = [], []
         for image in images:
             square = center_square(image[None], self.config.resolution).to(self.device)
-            encoded = self.surrogate.vae.encode((square * 2 - 1).to(self.surrogate.vae.dtype))
+            encoded = self.surrogate.vae.encode(square * 2 - 1)
             if hasattr(encoded, "latent_dist"):
                 mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
             else:
                 mean, deviation = encoded.latents, torch.zeros_like(encoded.latents)
-            means.append(mean.float().cpu())
-            deviations.append(deviation.float().cpu())
+            means.append(mean.cpu())
+            deviations.append(deviation.cpu())
         return torch.cat(means), torch.cat(deviations)
 
 

@@ -12,9 +12,6 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder
 
 logger = logging.getLogger(__name__)
 
-NOT_UPLOADED = ["checkpoint-*/**", "autoencoder/**", "*.part/**", "training/**", "*.jsonl"]
-"""What a training needs to go on, and nobody to use what it made."""
-
 _PROTECTION = """# {name}
 
 A generator of protective perturbations, trained with `gap_diff_diffusers` after GAP-Diff (NDSS 2025). It makes photos
@@ -47,26 +44,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push_to_hub", action="store_true", help="upload the result, with a model card")
     parser.add_argument("--hub_model_id", help="repository to upload to (default: the output folder's name)")
     parser.add_argument("--hub_token", help="token to upload with (default: the one you are logged in with)")
+    parser.add_argument(
+        "--hub_push_samples",
+        action="store_true",
+        help="upload the last validation pictures, too; those of a protection show photos of the training data",
+    )
     parser.add_argument("--hub_private_repo", action="store_true", help="if the repository is made, make it private")
 
 
 def publish(arguments: argparse.Namespace, folder: Path, record: dict[str, Any]) -> None:
     """Write the model card, and upload the folder if the flags of `add_arguments` say so."""
-    write_model_card(folder, record, repo_id=arguments.hub_model_id)
+    folder = Path(folder).resolve()
+    repo_id = arguments.hub_model_id
     if arguments.push_to_hub:
-        address = push_folder(
-            folder, arguments.hub_model_id, token=arguments.hub_token, private=arguments.hub_private_repo
-        )
-        logger.info("uploaded: %s", address)
+        options = {"exist_ok": True, "private": arguments.hub_private_repo, "token": arguments.hub_token}
+        repo_id = create_repo(repo_id or folder.name, **options).repo_id
+    write_model_card(folder, record, repo_id=repo_id, show_samples=arguments.hub_push_samples)
+    if arguments.push_to_hub:
+        commit = push_folder(folder, repo_id, token=arguments.hub_token, push_samples=arguments.hub_push_samples)
+        logger.info("uploaded: %s", commit)
 
 
-def write_model_card(folder: Path, record: dict[str, Any], *, repo_id: str | None = None) -> None:
+def write_model_card(
+    folder: Path, record: dict[str, Any], *, repo_id: str | None = None, show_samples: bool = False
+) -> None:
     """Write `README.md` beside a trained pipeline: what it is, how to use it, its figures and settings.
 
     Args:
         folder: a saved pipeline; its `model_index.json` tells a protection from a face model.
         record: the training record.
         repo_id: the name that it will have on the Hub; None for the folder's.
+        show_samples: whether the last of its validation pictures will be beside it.
     """
     folder = Path(folder).resolve()
     class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
@@ -85,30 +93,43 @@ def write_model_card(folder: Path, record: dict[str, Any], *, repo_id: str | Non
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in record["figures"].items())
     if rows:
         text += f"\n## Figures\nOn held-out photos of the training data.\n\n| what | figure |\n|---|---|\n{rows}"
-    pictures = sorted((folder / "samples").glob("*.png"), key=lambda path: int(path.stem))
-    if pictures:
-        text += f"\n![Validation pictures](samples/{pictures[-1].name})\n"
+    if show_samples and (picture := _last_samples(folder)):
+        text += f"\n![Validation pictures]({picture})\n"
     settings = json.dumps(config, indent=2)
-    text += f"\n## Training\n{json.dumps(record['photos'])}\n\n```json\n{settings}\n```\n"
+    photos = ", ".join(f"{key}: {value}" for key, value in record["photos"].items())
+    text += f"\n## Training\n{config['data_description'] or 'Photos'} ({photos}).\n\n```json\n{settings}\n```\n"
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 
-def push_folder(folder: Path, repo_id: str | None = None, *, token: str | None = None, private: bool = False) -> str:
-    """Upload a trained pipeline; returns the address of the commit. Checkpoints stay here.
+def push_folder(folder: Path, repo_id: str, *, token: str | None = None, push_samples: bool = False) -> str:
+    """Upload a trained pipeline to a repository that exists; returns the address of the commit.
+
+    What goes there is the pipeline, its record and its card, and nothing else that lies in the folder.
 
     Args:
         folder: what to upload.
-        repo_id: where to; None for a repository of the folder's name under the account of the token.
+        repo_id: where to.
         token: None for the one you are logged in with.
-        private: of a repository that is made by this.
+        push_samples: upload the last validation pictures, too.
     """
     folder = Path(folder).resolve()
-    repo_id = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
-    commit = upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message="End of training",
-        token=token,
-        ignore_patterns=NOT_UPLOADED,
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    components = [name for name in index if not name.startswith("_") and (folder / name).is_dir()]
+    allowed = ["README.md", "model_index.json", "training_record.json", *(f"{name}/*" for name in components)]
+    if push_samples and (picture := _last_samples(folder)):
+        allowed.append(picture)
+    return str(
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            token=token,
+            allow_patterns=allowed,
+        )
     )
-    return str(commit)
+
+
+def _last_samples(folder: Path) -> str | None:
+    """The last validation pictures, as a path in the folder."""
+    steps = [int(path.stem) for path in (folder / "samples").glob("*.png") if path.stem.isdigit()]
+    return f"samples/{max(steps)}.png" if steps else None

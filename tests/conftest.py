@@ -81,3 +81,28 @@ def photos(tmp_path):
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("")
     return folder
+
+
+# --- A tiny face model and photos of its size (test_finetuning.py, test_protections.py) ------------------------------
+@pytest.fixture
+def surrogate(photos, tmp_path):
+    import torch
+    from test_surrogate_training import make_config
+
+    from gap_diff_diffusers import StableDiffusionSurrogate
+    from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
+
+    config = make_config(photos, tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = DenoiserTrainer(config, AutoencoderTrainer(config).vae).pipeline
+    for parameter in pipeline.unet.parameters():  # what starts at 0 would hide what is before it
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return StableDiffusionSurrogate(pipeline, name="tiny")
+
+
+@pytest.fixture
+def images():
+    import torch
+
+    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))

@@ -1,6 +1,8 @@
-"""`gap-diff benchmark identity` and `surrogate`: they run end to end on a tiny model, and say what they found."""
+"""`gap-diff benchmark identity`, `surrogate` and `training`, end to end on a tiny model: they say what they found."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from test_surrogate_training import make_config
 from gap_diff_diffusers import benchmark_identity, benchmark_surrogate, finetuning, load_surrogate
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBoothConfig
+from gap_diff_diffusers.protections import anti_dreambooth
+from gap_diff_diffusers.protections.anti_dreambooth import ASPLConfig
 from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
 
 
@@ -25,15 +29,17 @@ def model(photos, tmp_path):
 def people(tmp_path):
     photo = Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 356, 256))
     for person in ("first", "second"):
-        for part in ("set_B", "set_C"):
+        for part in ("set_A", "set_B", "set_C"):
             (tmp_path / "people" / person / part).mkdir(parents=True)
             photo.save(tmp_path / "people" / person / part / "0.png")
     return tmp_path / "people"
 
 
 def test_identity_attacks_every_variant_of_every_person(model, people, checkpoint, tmp_path, monkeypatch, capsys):
-    attack = DreamBoothConfig(resolution=64, max_train_steps=1, num_class_images=2, num_inference_steps=2)
+    settings = {"max_train_steps": 1, "num_class_images": 2, "num_inference_steps": 2, "learning_rate": 1e-2}
+    attack = DreamBoothConfig(resolution=64, **settings)
     monkeypatch.setattr(finetuning, "FACE_MODEL_ATTACK", attack)
+    monkeypatch.setattr(anti_dreambooth, "ASPLConfig", partial(ASPLConfig, rounds=1, pgd_steps=1, surrogate_steps=1))
     output = tmp_path / "identity.json"
     command = ["benchmark", "identity", "--people", str(people), "--model", model, "--checkpoint", checkpoint]
     command += ["--count", "2", "--output", str(output), "--pictures", str(tmp_path / "pictures")]
@@ -43,9 +49,13 @@ def test_identity_attacks_every_variant_of_every_person(model, people, checkpoin
         (person, variant) for person in ("first", "second") for variant in benchmark_identity.VARIANTS
     ]
     assert all(r["fdfr"] == 1 and r["recognised"] == 0 for r in record["results"])  # noise has no face
-    assert record["attack"]["max_train_steps"] == 1 and record["checkpoint"] == checkpoint
+    assert record["attack"]["max_train_steps"] == 1 and record["checkpoint"] == Path(checkpoint).name
     assert "| clean | 0% | 100% | 0% | 0% |" in capsys.readouterr().out
-    assert len(list((tmp_path / "pictures").iterdir())) == 6
+    pictures = [
+        (tmp_path / "pictures" / f"first {variant}.png").read_bytes() for variant in benchmark_identity.VARIANTS
+    ]
+    assert len(set(pictures)) == 4  # each learned other photos
+    assert (tmp_path / "pictures" / "second clean.png").read_bytes() == pictures[0]  # or, these two, the same
 
 
 def test_the_table_has_means_over_people():
@@ -63,6 +73,11 @@ def test_people_that_are_not_there_are_named(people):
         benchmark_identity.find_people(people, ["third"])
     with pytest.raises(ValueError, match=r"found none$"):
         benchmark_identity.find_people(people / "first" / "set_B")
+    (people / "second" / "set_A" / "0.png").unlink()
+    (people / "second" / "set_A").rmdir()
+    assert len(benchmark_identity.find_people(people, variants=["clean"])) == 2
+    with pytest.raises(ValueError, match="expected a folder set_A"):
+        benchmark_identity.find_people(people, variants=["ASPL, then JPEG 70"])
     (people / "first" / "set_C" / "0.png").unlink()
     (people / "first" / "set_C").rmdir()
     with pytest.raises(ValueError, match="expected a folder set_C"):
@@ -87,3 +102,14 @@ def test_displacement_without_a_change_is_zero(model):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert benchmark_surrogate.surrogate_displacement(surrogate, images, images) == 0
     assert benchmark_surrogate.surrogate_displacement(surrogate, images, 1 - images) > 0
+
+
+@pytest.mark.slow
+def test_training_times_both_loops(model, photos, tmp_path, capsys):
+    output = tmp_path / "training.json"
+    command = ["benchmark", "training", "--photos", str(photos), "--model", model, "--steps", "1"]
+    assert main([*command, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    ours, theirs = record["seconds"].values()
+    assert record["ratio"] == pytest.approx(theirs / ours)
+    assert f"| ratio | {record['ratio']:.1f} |" in capsys.readouterr().out

@@ -5,11 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from test_surrogate_training import make_config
 
-from gap_diff_diffusers import StableDiffusionSurrogate
 from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig, center_square, generate_images
-from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
 
 SETTINGS = {
     "resolution": 64,
@@ -22,22 +19,6 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "train_text_encoder": "no",
 }
-
-
-@pytest.fixture
-def surrogate(photos, tmp_path):
-    config = make_config(photos, tmp_path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipeline = DenoiserTrainer(config, AutoencoderTrainer(config).vae).pipeline
-    for parameter in pipeline.unet.parameters():  # what starts at 0 would hide what is before it
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return StableDiffusionSurrogate(pipeline, name="tiny")
-
-
-@pytest.fixture
-def images():
-    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 
 def weights(module):
@@ -117,6 +98,7 @@ def test_weights_stay_float32_under_bf16(surrogate, images):
     run.train(progress=False)
     assert surrogate.denoiser.dtype == torch.float32
     assert len(changed(surrogate.denoiser, before)) > 0.9 * len(before)  # bfloat16 would round such steps away
+    generate_images(surrogate.pipeline, "a photo of sks person", 1, resolution=64, num_inference_steps=2)
 
 
 def test_a_picture_depends_on_its_own_seed_alone(surrogate):
@@ -152,6 +134,9 @@ def test_settings_that_do_not_work_are_named(changes, message):
 def test_no_photos_and_a_diverging_run_are_errors(surrogate, images):
     with pytest.raises(ValueError, match="expected photos"):
         DreamBooth(surrogate, images[:0], DreamBoothConfig(**SETTINGS))
+    with pytest.raises(ValueError, match="'xyzzy', which is 5"):
+        settings = {"rare_token": "xyzzy", "instance_prompt": "xyzzy", "train_text_encoder": "token"}
+        DreamBooth(surrogate, images, DreamBoothConfig(**SETTINGS | settings))
     run = DreamBooth(surrogate, images * float("nan"), DreamBoothConfig(**SETTINGS))
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         run.step()

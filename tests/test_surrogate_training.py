@@ -114,6 +114,8 @@ def test_what_a_loop_refuses(tmp_path):
     with pytest.raises(ValueError, match="found none"):
         Line(line_config(tmp_path)).train(resume=True)
     Line(line_config(tmp_path)).train()
+    with pytest.raises(ValueError, match="resume that, or choose another"):
+        Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="another learning_rate, seed"):
         Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume=True)
     for wrong in ({"mixed_precision": "fp8"}, {"train_batch_size": 0}):
@@ -129,9 +131,43 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
                     self.line.weight.mul_(float("inf"))
             return super().training_step(generator)
 
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 25"):
+    with pytest.raises(FloatingPointError, match=r"the loss of line is (nan|inf) .* at step 25"):
         Diverging(line_config(tmp_path)).train()
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20"]
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
+    loop = Line(line_config(tmp_path))
+    before = loop.line.weight.item()
+    loss = (loop.line.weight - loop.line.weight.detach()).square().sum().sqrt()  # 0, with a gradient of 0 / 0
+    with pytest.raises(FloatingPointError, match="gradient nan at step 0"):
+        loop.update("line", loss)
+    assert loop.line.weight.item() == before
+
+
+def test_what_an_interruption_left_does_not_stop_a_run_from_resuming(tmp_path):
+    Line(line_config(tmp_path, max_train_steps=20)).train()
+    (tmp_path / "checkpoint-40.part").mkdir()
+    with open(tmp_path / "training_log.jsonl", "a") as log:
+        log.write('{"step": 2')
+    assert len(checkpoints(tmp_path)) == 1
+    Line(line_config(tmp_path, max_train_steps=20)).train(resume=True)
+    assert [entry["step"] for entry in log_of(tmp_path)] == list(range(1, 21))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    loop = Line(line_config(tmp_path, max_train_steps=20))
+    loop.train()
+
+    def save(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    loop.step = 40
+    with pytest.raises(OSError, match="No space"):
+        loop.save_checkpoint()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-20"]
 
 
 def test_two_processes_share_their_gradients(tmp_path):
@@ -222,13 +258,18 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "training_scripts" / "train_surrogate.py"), "--config", str(config)]
     command += ["--train_data_dir", str(photos), "--output_dir", str(out), "--feature_encoders", encoder]
-    command += ["--push_to_hub", "--hub_model_id", "org/face-model", "--hub_token", "token"]
+    command += ["--push_to_hub", "--hub_model_id", "org/face-model", "--hub_token", "token", "--hub_push_samples"]
+    out.mkdir()
+    (out / "private.png").write_bytes(b"a photo")
     with FakeHub() as hub:
         done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub.url, tmp_path))
     assert done.returncode == 0, done.stderr
     uploaded = hub.files("org/face-model")
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "README.md"} <= set(uploaded)
-    assert not [name for name in uploaded if "checkpoint-" in name or name.startswith("autoencoder")]
+    components = {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}
+    rest = {name for name in uploaded if name.split("/")[0] not in components}
+    assert rest - {".gitattributes"} == {"README.md", "model_index.json", "training_record.json", "samples/2.png"}
+    assert not [name for name, content in uploaded.items() if str(tmp_path).encode() in content]
     card = uploaded["README.md"].decode()
     assert 'from_pretrained("org/face-model")' in card and "held_out/psnr" in card and "samples/2.png" in card
     assert "license: apache-2.0" in card.split("---")[1] and str(tmp_path) not in card
@@ -247,6 +288,14 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     again = subprocess.run([*without_pushing, "--resume_from_checkpoint"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
+    assert str(tmp_path) not in (out / "vae" / "config.json").read_text()
+
+    for changes, message in (
+        ([], "an output folder without"),
+        (["--resume_from_checkpoint", "--kl_weight", "1"], "another kl_weight"),
+    ):
+        refused = subprocess.run([*without_pushing, *changes], capture_output=True, text=True)
+        assert refused.returncode != 0 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -306,6 +355,14 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
         config(image_column="image").load_photos()
     with pytest.raises(ValueError, match="either train_data_dir or dataset_name"):
         config(train_data_dir=(str(photos),))
+
+
+def test_one_photo_is_too_few(photos, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (photos / "0.png").rename(folder / "0.png")
+    with pytest.raises(ValueError, match="at least 2 photos"):
+        AutoencoderTrainer(make_config(folder, tmp_path))
 
 
 def test_a_missing_datasets_package_names_the_extra(tmp_path, monkeypatch):

@@ -199,6 +199,28 @@ def test_the_discriminator_learns_to_tell_and_the_generator_hears_of_it(photos, 
     assert figures[-1]["loss/discriminator"] < figures[0]["loss/discriminator"]
 
 
+def test_the_discriminator_sees_what_it_is_told_to(photos, model, tmp_path):
+    def judged(discriminator_input, transform):
+        settings = {"gan_weight": 0.5, "discriminator_input": discriminator_input, "transform": transform}
+        trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", **settings))
+        return trainer.training_step(seeded())["loss/discriminator"]
+
+    plain = judged("protected", "identity")
+    assert judged("protected", "gaussian_blur") == pytest.approx(plain, abs=1e-6)
+    assert abs(judged("preprocessed", "gaussian_blur") - plain) > 1e-5
+
+
+def test_a_surrogate_learns_as_an_attacker_would(photos, model, tmp_path):
+    def learned(**changes):
+        changes |= {"surrogate_learning_rates": (1e-3,)}
+        trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", **changes))
+        return trainer.training_step(seeded())
+
+    plain, other = learned(), learned(noise="uniform", timestep_weighting="linear")
+    assert other["learned/model"] > 2 * other["denoising/model"]  # of Gaussian noise again
+    assert plain["learned/model"] == pytest.approx(plain["denoising/model"], rel=0.5)
+
+
 def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_checkpoint(photos, model, tmp_path):
     changes = {"surrogate_learning_rates": (1e-3,), "surrogate_learning_steps": 2, "checkpointing_steps": 3}
     trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", max_train_steps=3, **changes))
@@ -259,7 +281,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"surrogates": ("model",)}, "as many surrogate_weights as surrogates"),
         ({"encoders": (), "encoder_weights": (), "encoder_crop_sizes": ()}, "got neither"),
         ({"noise": "pink"}, "gaussian or uniform"),
-        ({"stages": ([0.5, 0, 1],)}, "the last to end at 1"),
+        ({"stages": ([0.5, 0, 1],)}, "the last at 1"),
+        ({"stages": ()}, "beta, gamma"),
+        ({"stages": "released code"}, "released, preprocessed"),
         ({"crop_size": 500}, "at most"),
     ],
 )
@@ -284,7 +308,7 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     assert record["photos"] == record["photos"] | {"train": 10, "held_out": 2, "skipped": 1}
     assert "held_out/encoder" in record["figures"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert 'GAPDiffProtectionPipeline.from_pretrained("out")' in card and "samples/2.png" in card
+    assert 'GAPDiffProtectionPipeline.from_pretrained("out")' in card and "samples/2.png" not in card
     assert Image.open(tmp_path / "out" / "samples" / "2.png").size == (3 * 512, 2 * 512)
     assert str(tmp_path) not in json.dumps(record) + card
     assert record["config"]["crop_size"] == 64 and "torch" in record["versions"]

@@ -43,5 +43,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -289,6 +289,14 @@ class DiffusionSurrogate(Surrogate):
         """Scaled latents, noise of their shape, (N,) timesteps -> (N,)."""
 
 
+def make_names_unique(surrogates: Sequence[Surrogate]) -> None:
+    """Number the names of surrogates that share one, in place: figures are told apart by name."""
+    names = [surrogate.name for surrogate in surrogates]
+    for index, surrogate in enumerate(surrogates):
+        if names.count(names[index]) > 1:
+            surrogate.name = f"{names[index]} {names[: index + 1].count(names[index])}"
+
+
 def check_images(images: torch.Tensor, multiple: int = 1) -> None:
     """ValueError unless `images` are floating-point (N,3,H,W) with height and width multiples of `multiple`."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():

@@ -22,16 +22,24 @@ import torch
 from torch import nn
 
 from ..config import portable_name, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, split_held_out
+from ..data import FaceCrops, PhotosConfig, load_faces
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import Surrogate, load_surrogate
+from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
 
 logger = logging.getLogger(__name__)
+
+
+STAGES = {
+    "released": ((0.8, 0.0, 1.0), (1.0, 0.6, 0.4)),
+    "preprocessed": ((1.0, 0.0, 1.0),),
+}
+"""Schedules of beta and gamma: the released code's, which has protected photos at the end, too, and one without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
         surrogates: folders or Hub ids of text-to-image models, for `load_surrogate`.
+        surrogate_revisions: branch, tag or commit of each surrogate; none of them for the newest.
         surrogate_weights: how much each surrogate counts in L_adv.
         surrogate_resolutions: side in pixels at which each surrogate is personalized; 512 leaves crops as they are.
         surrogate_learning_rates: above 0, a surrogate's denoiser learns the protected photos at this rate.
@@ -53,8 +62,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
             name such a weight and do not give it; the released code has none.
         noise: that surrogates are asked for, "gaussian", or upstream's "uniform".
-        stages: [end, beta, gamma] each, `end` as a share of all steps. The released code has [[0.8, 0, 1],
-            [1, 0.6, 0.4]].
+        stages: a name of `STAGES`, or a list of [end, beta, gamma], `end` as a share of all steps.
         gan_weight: alpha; above 0 a discriminator learns, too.
         discriminator_input: "protected", or upstream's "preprocessed".
         init_from: folder of a pipeline to start from, or None for random weights.
@@ -76,6 +84,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
     surrogates: tuple[str, ...] = ()
+    surrogate_revisions: tuple[str, ...] = ()
     surrogate_weights: tuple[float, ...] = ()
     surrogate_resolutions: tuple[int, ...] = ()
     surrogate_learning_rates: tuple[float, ...] = ()
@@ -84,7 +93,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     prompt: str = "a photo of sks person"
     timestep_weighting: str = "none"
     noise: str = "gaussian"
-    stages: tuple = ([1.0, 0.0, 1.0],)
+    stages: Any = "released"
     gan_weight: float = 0.0
     discriminator_input: str = "protected"
     init_from: str | None = None
@@ -132,9 +141,20 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} {' or '.join(known)}, got {getattr(self, name)!r}")
-        ends = [stage[0] for stage in self.stages]
-        if any(len(stage) != 3 for stage in self.stages) or sorted(ends) != ends or ends[-1] != 1:
-            raise ValueError(f"expected stages of [end, beta, gamma], the last to end at 1, got {list(self.stages)}")
+        if self.surrogate_learning_steps < 1:
+            raise ValueError(f"expected surrogate_learning_steps of at least 1, got {self.surrogate_learning_steps}")
+        if isinstance(self.stages, str) and self.stages not in STAGES:
+            raise ValueError(f"expected stages {', '.join(STAGES)} or a list, got {self.stages!r}")
+        stages = self.schedule
+        if not stages or any(len(stage) != 3 for stage in stages):
+            raise ValueError(f"expected stages of [end, beta, gamma], got {self.stages!r}")
+        ends = [stage[0] for stage in stages]
+        if sorted(ends) != ends or ends[-1] != 1:
+            raise ValueError(f"expected stages that end one after the other, the last at 1, got {self.stages!r}")
+        if self.surrogate_revisions and len(self.surrogate_revisions) != len(self.surrogates):
+            raise ValueError(
+                f"expected as many surrogate_revisions as surrogates, or none, got {len(self.surrogate_revisions)}"
+            )
         if len(self.scale_factors) != len(self.scale_weights):
             raise ValueError(
                 f"expected as many scale_weights as scale_factors, got {len(self.scale_weights)} and "
@@ -144,6 +164,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             raise ValueError(
                 f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared"
             )
+
+    @property
+    def schedule(self) -> Sequence[Sequence[float]]:
+        """[end, beta, gamma] of each stage."""
+        return STAGES[self.stages] if isinstance(self.stages, str) else self.stages
 
 
 class GAPDiffTrainer(TrainingLoop):
@@ -181,6 +206,7 @@ class GAPDiffTrainer(TrainingLoop):
             # What learns is kept in float32: steps as small as these vanish in the others.
             surrogate = load_surrogate(
                 model,
+                revision=config.surrogate_revisions[index] if config.surrogate_revisions else None,
                 dtype=torch.float32 if rate else dtype,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
@@ -194,17 +220,19 @@ class GAPDiffTrainer(TrainingLoop):
         with torch.no_grad():
             self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
-        self.train_photos, self.held_out = split_held_out(config.load_photos()[0])
+        self.train_photos, self.held_out = config.split_photos()
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
         logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
         count = max(1, config.num_validation_images)
         held_out = self.held_out[:: max(1, len(self.held_out) // count)][:count]
         self.validation_faces = load_faces(held_out, 512).to(self.device)
-        self.encoder_dtype = dtype
+        # Autoencoders of Stable Diffusion overflow in float16.
+        self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
             EncoderSurrogate.from_pretrained(encoder).to(self.device, self.encoder_dtype)
             for encoder in config.encoders
         ]
+        make_names_unique([*self.surrogates, *self.encoders])
         self.transform: Transform = build_transform(config.transform).train()
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
@@ -257,7 +285,7 @@ class GAPDiffTrainer(TrainingLoop):
     def _stage(self) -> tuple[float, float]:
         """beta and gamma of the current step."""
         share = self.step / self.config.max_train_steps
-        return next((beta, gamma) for end, beta, gamma in self.config.stages if share < end)
+        return next((beta, gamma) for end, beta, gamma in self.config.schedule if share < end)
 
     def _adversarial_loss(
         self, clean: torch.Tensor, moved: torch.Tensor, generator: torch.Generator
@@ -278,21 +306,26 @@ class GAPDiffTrainer(TrainingLoop):
             figures[f"denoising/{surrogate.name}"] = denoising.item()
         return loss, figures
 
-    def _denoising_loss(self, index: int, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """What a surrogate loses on photos at its resolution, weighted by alpha(t)."""
+    def _denoising_loss(
+        self, index: int, images: torch.Tensor, generator: torch.Generator, *, as_attacker: bool = False
+    ) -> torch.Tensor:
+        """What a surrogate loses on photos at its resolution: weighted by alpha(t), of the noise that is asked for.
+
+        Or, `as_attacker`, what someone who personalizes it minimizes: neither weighted nor of other noise.
+        """
         config, surrogate = self.config, self.surrogates[index]
         factor, multiple = config.surrogate_resolutions[index] / 512, surrogate.size_multiple
         size = tuple(max(1, round(side * factor / multiple)) * multiple for side in images.shape[-2:])
         images = resize(images, size)
         # Drawn on the CPU, so that a run does not depend on the device.
         timesteps = surrogate.draw_timesteps(len(images), generator).to(self.device)
-        draw = torch.rand if config.noise == "uniform" else torch.randn
+        draw = torch.rand if config.noise == "uniform" and not as_attacker else torch.randn
         noise = draw(surrogate.latent_shape(images), generator=generator).to(self.device)
         posterior = torch.Generator(self.device).manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
         losses = surrogate.denoising_loss(
             images, self.prompts[index], timesteps=timesteps, noise=noise, generator=posterior
         )
-        if config.timestep_weighting == "linear":
+        if config.timestep_weighting == "linear" and not as_attacker:
             losses = losses * 2 * (1 - timesteps / surrogate.num_train_timesteps)
         return losses.mean()
 
@@ -303,7 +336,7 @@ class GAPDiffTrainer(TrainingLoop):
             name = f"denoiser {index}"
             if name in self.networks:
                 surrogate.denoiser.requires_grad_(True)
-                loss = self._denoising_loss(index, images, generator)
+                loss = self._denoising_loss(index, images, generator, as_attacker=True)
                 self.update(name, loss)
                 surrogate.denoiser.requires_grad_(False)
                 figures[f"learned/{surrogate.name}"] = loss.item()
@@ -347,7 +380,9 @@ class GAPDiffTrainer(TrainingLoop):
         config |= {key: architecture[key] for key in ("architecture", "channels", "layers_per_block", "downscale")}
         earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
-            "initial_weights": json.loads(earlier.read_text()) if earlier and earlier.is_file() else "random",
+            "initial_weights": json.loads(earlier.read_text())
+            if earlier and earlier.is_file()
+            else config["init_from"] or "random",
             "config": config,
             "photos": {
                 "train": len(self.crops.squares),

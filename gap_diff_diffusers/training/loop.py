@@ -6,7 +6,6 @@ checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
 
 import json
 import logging
-import math
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import save_grid
+from ..images import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class LoopConfig:
         max_grad_norm: gradients are scaled down to this norm.
         ema_decay: of the averaged weights, which are validated and returned.
         mixed_precision: "no", "bf16" or "fp16".
-        checkpointing_steps: a checkpoint every so many steps.
+        checkpointing_steps: a checkpoint every so many steps, and at the end.
         checkpoints_total_limit: how many checkpoints are kept, the last ones.
         validation_steps: held-out photos are measured every so many steps, and at the end.
         report_to: trackers of accelerate, such as "tensorboard", or "none". The log is written in any case.
@@ -85,7 +85,7 @@ class TrainingLoop(ABC):
     Args:
         config: the settings.
         networks: by name; moved to the device and set to training mode.
-        learning_rates: by name, of networks that do not learn at the config's rate.
+        learning_rates: by name, of networks that learn at a constant rate of their own.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TrainingLoop(ABC):
                 weight_decay=config.adam_weight_decay,
             )
             self.schedulers[name] = get_scheduler(
-                config.lr_scheduler,
+                "constant" if name in (learning_rates or {}) else config.lr_scheduler,
                 self.optimizers[name],
                 num_warmup_steps=config.lr_warmup_steps,
                 num_training_steps=config.max_train_steps,
@@ -125,10 +125,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
-        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log.
-
-        Those whose name starts with "loss" must be numbers, or the run stops.
-        """
+        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
@@ -141,17 +138,25 @@ class TrainingLoop(ABC):
             The last validation's figures.
 
         Raises:
-            ValueError: nothing to resume from, or a checkpoint of other settings.
-            FloatingPointError: a loss that is not a number.
+            ValueError: nothing to resume from, a checkpoint of other settings, or one where a run shall begin.
+            FloatingPointError: a loss or a gradient that is not a number; the weights are as before that step.
+            OSError: the disk is full; the last whole checkpoint is still there.
         """
         config, main = self.config, self.accelerator.is_main_process
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if resume:
             self.load_checkpoint(last_checkpoint(self.output_dir))
+        elif checkpoints(self.output_dir):
+            raise ValueError(
+                f"expected an output folder without checkpoints, got {self.output_dir} of an earlier run; resume "
+                "that, or choose another folder"
+            )
+        self.accelerator.wait_for_everyone()  # before one of them writes there
         log_path = self.output_dir / LOG_NAME
         if main:
-            earlier = log_path.read_text().splitlines() if resume and log_path.is_file() else []
-            log_path.write_text("".join(line + "\n" for line in earlier if json.loads(line)["step"] <= self.step))
+            earlier = log_path.read_text(encoding="utf-8").splitlines() if resume and log_path.is_file() else []
+            earlier = [line for line in earlier if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            write_atomically(log_path, "".join(line + "\n" for line in earlier).encode())
         self.accelerator.wait_for_everyone()
         if config.report_to != "none":
             self.accelerator.init_trackers("training")
@@ -162,12 +167,6 @@ class TrainingLoop(ABC):
         validated: dict[str, float] = {}
         while self.step < config.max_train_steps:
             figures = self.training_step(self.step_generator())
-            wrong = [n for n, value in figures.items() if n.startswith("loss") and not math.isfinite(value)]
-            if wrong:
-                raise FloatingPointError(
-                    f"{', '.join(wrong)} is {figures[wrong[0]]} at step {self.step}; lower the learning rate of "
-                    f"{config.learning_rate}, or use mixed_precision no, and resume from the last checkpoint"
-                )
             self.step += 1
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
@@ -179,7 +178,7 @@ class TrainingLoop(ABC):
                 with open(log_path, "a", encoding="utf-8") as log:
                     log.write(json.dumps({"step": self.step} | rounded) + "\n")
             self.accelerator.log(figures, step=self.step)
-            if self.step % config.checkpointing_steps == 0:
+            if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
                 self.save_checkpoint()
         progress.close()
         for name, ema in self.emas.items():
@@ -195,12 +194,19 @@ class TrainingLoop(ABC):
         network, optimizer = self.networks[name], self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(optimizer)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:  # before unscale_, so that all see the same overflow
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+        overflow = self.scaler.is_enabled()  # in float16 it is expected now and then: the scaler skips the step
+        if not loss.isfinite() or not (norm.isfinite() or overflow):
+            rate = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss of {name} is {loss.item()} and its gradient {norm.item()} at step {self.step}; start anew "
+                f"with a lower learning rate than {rate:.3g}, or without mixed precision"
+            )
         self.scaler.step(optimizer)
         self.scaler.update()
         self.schedulers[name].step()
@@ -251,10 +257,12 @@ class TrainingLoop(ABC):
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
             "scaler": self.scaler.state_dict(),
+            "num_processes": self.accelerator.num_processes,
         }
         try:
-            torch.save(state, temporary / "state.pt")
-        except OSError:
+            with open(temporary / "state.pt", "wb") as file:  # torch itself raises RuntimeError where the disk is full
+                torch.save(state, file)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -264,13 +272,20 @@ class TrainingLoop(ABC):
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint. `max_train_steps` is part of the schedule, so it has to be the same, too."""
-        state = torch.load(folder / "state.pt", weights_only=True, map_location=self.accelerator.device)
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         settings, saved = json.loads(json.dumps(asdict(self.config))), json.loads(state["config"])
-        free = ("output_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit")
-        changed = [key for key in settings if settings[key] != saved.get(key) and key not in free]
+        free = ("output_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit", "data_description")
+        changed = [key for key in settings.keys() & saved if settings[key] != saved[key] and key not in free]
         if changed:
             raise ValueError(
-                f"{folder} is of a run with another {', '.join(changed)}; resume with the settings it had"
+                f"{folder} is of a run with another {', '.join(sorted(changed))}; resume with the settings it had"
+            )
+        if (count := state.get("num_processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
+            logger.warning(
+                "%s is of %d processes, this run has %d: it will take another way",
+                folder.name,
+                count,
+                self.accelerator.num_processes,
             )
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
@@ -278,6 +293,7 @@ class TrainingLoop(ABC):
             self.schedulers[name].load_state_dict(state["schedulers"][name])
         for name, ema in self.emas.items():
             ema.load_state_dict(state["emas"][name])
+            ema.to(self.accelerator.device)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         logger.info("resumed from %s", folder.name)

@@ -27,11 +27,12 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import portable_name, provenance
+from ..config import portable_name, provenance, write_json
 from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out
 from ..images import PhotoError
+from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
-from .loop import LoopConfig, TrainingLoop
+from .loop import LoopConfig, TrainingLoop, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,28 @@ SCHEDULE = {
     "steps_offset": 1,
 }
 """Noise schedule of Stable Diffusion 1.x."""
+
+
+AUTOENCODER_SETTINGS = (
+    "resolution",
+    "vae_channels",
+    "vae_layers_per_block",
+    "latent_channels",
+    "vae_crop_size",
+    "vae_max_train_steps",
+    "vae_train_batch_size",
+    "vae_learning_rate",
+    "vae_init_from",
+    "kl_weight",
+    "gradient_weight",
+    "feature_encoders",
+    "feature_weight",
+    "distillation_weight",
+    "response_weight",
+    "response_eps",
+    "seed",
+)
+"""What the first stage depends on alone: a finished one is not used again with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +194,9 @@ class AutoencoderTrainer(TrainingLoop):
         self.heads = heads
         self.device = self.accelerator.device
         self.encoders = [encoder.to(self.device) for encoder in encoders]
-        train, held_out = split_held_out(config.load_photos()[0])
+        make_names_unique(self.encoders)
+        train, held_out = config.split_photos()
         self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
-        if not held_out:
-            raise ValueError(f"expected photos to hold out, got {len(train)} photos in all")
         self.held_out = load_faces(held_out, config.resolution)
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
@@ -290,6 +312,7 @@ class DenoiserTrainer(TrainingLoop):
         train, held_out = split_held_out(photos)
         self.latents, self.captions = self._encode_all(train)
         self.held_out, self.held_out_captions = self._encode_all(held_out)
+        self.left_out = len(photos) - (len(self.latents) + len(self.held_out)) // 2
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -321,11 +344,15 @@ class DenoiserTrainer(TrainingLoop):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss on held-out faces, always with the same draws, and a picture of samples."""
+        """The loss on up to 512 held-out faces and mirror images, always with the same draws; a picture of samples."""
         generator = torch.Generator().manual_seed(0)
         templates = self.config.captions
         captions = [caption or templates[i % len(templates)] for i, caption in enumerate(self.held_out_captions)]
-        loss = self._loss(self.held_out, captions, generator).item()
+        losses = [
+            self._loss(self.held_out[i : i + 32], captions[i : i + 32], generator).item()
+            for i in range(0, min(len(captions), 512), 32)
+        ]
+        loss = sum(losses) / len(losses)
         self.show(self.sample(self.config.num_validation_images))
         return {"held_out/loss": loss}
 
@@ -400,30 +427,47 @@ def train_surrogate(
         The second stage with its pipeline, and the training record.
     """
     folder = Path(config.output_dir) / "autoencoder" / "vae"
-    figures_path = folder.with_name("figures.json")
-    if resume and figures_path.is_file():
-        vae, figures = AutoencoderKL.from_pretrained(folder), json.loads(figures_path.read_text())
+    record_path = folder / "training_record.json"  # written last: it says that the folder is whole
+    if record_path.is_file():
+        if not resume:
+            raise ValueError(
+                f"expected an output folder without an autoencoder, got {folder}; resume, or choose another"
+            )
+        vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
+        vae.register_to_config(_name_or_path="")  # a folder of this machine
+        changed = [
+            key for key, value in _settings(config, *AUTOENCODER_SETTINGS).items() if first["config"][key] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
+            )
     else:
         stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume and any(stage.output_dir.glob("checkpoint-*")))
+        figures = stage.train(resume=resume and bool(checkpoints(stage.output_dir)))
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
+        earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
+        first = {
+            "initial_weights": json.loads(earlier.read_text(encoding="utf-8"))
+            if earlier and earlier.is_file()
+            else portable_name(config.vae_init_from) or "random",
+            "config": _settings(config, *AUTOENCODER_SETTINGS),
+            "figures": figures,
+        }
         if stage.accelerator.is_main_process:
             vae.save_pretrained(folder)
-            figures_path.write_text(json.dumps(figures))
+            write_json(record_path, first)
+        stage.accelerator.wait_for_everyone()
     denoiser = DenoiserTrainer(config, vae)
-    figures |= denoiser.train(resume=resume and any(denoiser.output_dir.glob("checkpoint-*")))
-    settings = asdict(config)
-    del settings["output_dir"]
-    for key in ("train_data_dir", "feature_encoders"):
-        settings[key] = [portable_name(value) for value in settings[key]]
-    for key in ("dataset_name", "vae_init_from"):
-        settings[key] = portable_name(settings[key])
+    figures = first["figures"] | denoiser.train(resume=resume and bool(checkpoints(denoiser.output_dir)))
     record = {
-        "config": settings,
+        "initial_autoencoder": first["initial_weights"],
+        "config": _settings(config),
         "photos": {
             "train": len(denoiser.latents) // 2,
             "held_out": len(denoiser.held_out) // 2,
+            "skipped": denoiser.left_out,
             "rule": "the first of every ten, by folder and name, is held out",
         },
         "parameters": {
@@ -434,6 +478,17 @@ def train_surrogate(
         "versions": provenance(),
     }
     return denoiser, record
+
+
+def _settings(config: SurrogateTrainingConfig, *keys: str) -> dict[str, Any]:
+    """The config, or these keys of it, as a record states it: without folders of this machine."""
+    settings = json.loads(json.dumps(asdict(config)))
+    del settings["output_dir"]
+    for key in ("train_data_dir", "feature_encoders"):
+        settings[key] = [portable_name(value) for value in settings[key]]
+    for key in ("dataset_name", "vae_init_from"):
+        settings[key] = portable_name(settings[key])
+    return {key: settings[key] for key in keys or settings}
 
 
 def build_tokenizer(texts: Sequence[str], captions: Sequence[str] = (), words: int = 8000) -> CLIPTokenizer:

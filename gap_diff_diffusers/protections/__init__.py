@@ -1,0 +1,1 @@
+"""Methods of the literature that protect photos by optimizing a perturbation for each."""
