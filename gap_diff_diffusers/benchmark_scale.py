@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048, 4096], help="sides of the photos")
     parser.add_argument(
+        "--detect-faces", action="store_true", help="find the faces first, as gap-diff protect --detect-faces does"
+    )
+    parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.67], help="face widths, of the photo's width"
     )
 
@@ -35,14 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .data import face_square, list_photos, split_held_out
     from .images import Photo, psnr, resize_pixels
+    from .metrics.identity import find_faces
 
     encoders, pipeline = load(arguments)
     _, held_out = split_held_out(list_photos(arguments.photos))
     squares = [np.array(face_square(path)) for path in spread(held_out, arguments.count)]
     names = [encoder.name for encoder in encoders]
 
-    def protect(pixels: np.ndarray) -> np.ndarray:
-        return pipeline.protect_batch([Photo(pixels=pixels)], LEVELS / 255)[0].pixels
+    def protect(pixels: np.ndarray, detect_faces: bool = False) -> np.ndarray:
+        faces = [find_faces(pixels)] if detect_faces else None
+        return pipeline.protect_batch([Photo(pixels=pixels)], LEVELS / 255, faces=faces)[0].pixels
 
     rows = []
     for size in arguments.sizes:
@@ -55,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 start = (size - crop) // 2
                 box = (slice(start, start + crop), slice(start, start + crop))
                 clean = resize_pixels(np.ascontiguousarray(photo[box]), SIZE, SIZE)
-                protected = protect(photo)
+                protected = protect(photo, arguments.detect_faces)
                 decibels.append(psnr(protected, photo))
                 seen = resize_pixels(np.ascontiguousarray(protected[box]), SIZE, SIZE)
                 clean, seen, reference = (_to_tensor(pixels) for pixels in (clean, seen, protect(clean)))
@@ -66,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             displacement = {name: seen / len(squares) for name, (seen, _) in sums.items()}
             row = {"photo": size, "face_share": share, "crop": crop, "kept": kept, "displacement": displacement}
             rows.append(row | {"psnr": sum(decibels) / len(decibels)})
-    return report(arguments, {"scale": rows, "photos": len(squares)}, to_markdown)
+    figures = {"scale": rows, "photos": len(squares), "detect_faces": arguments.detect_faces}
+    return report(arguments, figures, to_markdown)
 
 
 def to_markdown(record: dict) -> str:
@@ -83,6 +89,8 @@ def to_markdown(record: dict) -> str:
         for row in record["scale"]
     ]
     title = f"Displacement that is left, and its value, after JPEG 70: mean of {record['photos']} held-out faces"
+    if record.get("detect_faces"):
+        title += ", which a detector looks for"
     return table(title, ["photo", "face / width", "crop", *names, "PSNR"], rows)
 
 

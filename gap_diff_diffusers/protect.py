@@ -7,6 +7,7 @@ thread, while other threads read the next photos, and save and check the previou
 import argparse
 import contextlib
 import errno
+import importlib.util
 import math
 import os
 import re
@@ -106,6 +107,7 @@ class Settings:
     quality: int | None = None
     keep_metadata: bool = False
     batch_size: int = 1
+    detect_faces: bool = False
     measure_ssim: bool = False
 
 
@@ -136,6 +138,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-metadata", action="store_true", help="keep EXIF, the place where it was taken included"
     )
+    parser.add_argument(
+        "--detect-faces",
+        action="store_true",
+        help="find faces, and protect each at the scale at which a crop of it will be seen; for photos with small "
+        "faces (needs the extra metrics)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write photos again whose output exists")
     parser.add_argument(
         "--checkpoint", help="folder, or repository on the Hub, to load (default: the one that ships with the package)"
@@ -153,6 +161,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     format = _output_format(arguments)
     _check_checkpoint(arguments.checkpoint)
+    if arguments.detect_faces and importlib.util.find_spec("dlib") is None:
+        raise ImportError("expected dlib for --detect-faces, got none; pip install 'gap_diff_diffusers[metrics]'")
     work = plan(
         arguments.paths,
         arguments.output,
@@ -171,6 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
         quality=JPEG_QUALITY if format == "jpeg" and arguments.quality is None else arguments.quality,
         keep_metadata=arguments.keep_metadata,
         batch_size=arguments.batch_size,
+        detect_faces=arguments.detect_faces,
         measure_ssim=arguments.report is not None,
     )
     loaded = {}
@@ -560,7 +571,13 @@ def _read(file: PhotoFile) -> Photo | None:
 def _protect(pipeline, group: list[tuple[_Task, Photo]], levels: int, settings: Settings) -> list[Photo | None]:
     started = time.perf_counter()
     try:
-        protected = pipeline.protect_batch([photo for _, photo in group], levels / 255, settings.strength)
+        photos = [photo for _, photo in group]
+        faces = None
+        if settings.detect_faces:
+            from .metrics.identity import find_faces
+
+            faces = [find_faces(photo.pixels) for photo in photos]
+        protected = pipeline.protect_batch(photos, levels / 255, settings.strength, faces)
     except Exception as error:  # noqa: BLE001  as in _read; too little memory above all
         remedy = "; a smaller --batch-size needs less memory" if len(group) > 1 else ""
         for task, _ in group:

@@ -1,5 +1,6 @@
 """`gap-diff` and `gap-diff protect`, from files to files; bad input, full disks and Ctrl-C included."""
 
+import importlib.util
 import io
 import json
 import math
@@ -684,6 +685,24 @@ def test_a_network_that_fails_costs_only_its_photos(make_pipeline, save_photo, t
     protect_files(files, Small, Settings(), lambda _: None)
     assert [file.status for file in files] == ["protected", "protected", "failed"]
     assert "cannot be protected (not enough memory)" in files[2].error
+
+
+def test_faces_are_detected_on_request(run_protect, tmp_path, monkeypatch):
+    photo = Path(protect.__file__).parent / "examples" / "astronaut.png"
+    assert run_protect(photo, "-o", "without.png")[0] == 0
+    code, _, _ = run_protect(photo, "-o", "with.png", "--detect-faces", "--report", "report.json")
+    assert code == 0
+    without, with_faces, original = (
+        np.asarray(Image.open(path).convert("RGB"), np.int16) for path in ("without.png", "with.png", photo)
+    )
+    changed = np.argwhere((without != with_faces).any(axis=2))  # about the face, from (65, 170) to (165, 270)
+    assert len(changed) > 1000 and changed.max(axis=0)[0] < 250 and changed.min(axis=0)[1] > 80
+    assert np.abs(with_faces - original).max() <= 8
+    assert json.loads(Path("report.json").read_text())["config"]["detect_faces"] is True
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, message = run_protect(photo, "-o", "other.png", "--detect-faces")
+    assert code == 1 and "gap_diff_diffusers[metrics]" in message
 
 
 def test_a_saved_file_that_breaks_the_budget_is_refused(make_pipeline, save_photo, tmp_path):

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import gap_diff_diffusers
 from gap_diff_diffusers.data import load_face
-from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult
+from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult, find_faces
 
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
 
@@ -55,7 +57,18 @@ def test_a_distance_at_the_threshold_is_another_person():
     assert found.match_rate == 0.25 and found.detection_failure_rate == 0.25
 
 
+def test_faces_are_found_in_the_photos_own_pixels():
+    small = np.array(Image.open(ASTRONAUT).convert("RGB"))
+    for factor in (1, 3):
+        pixels = np.array(Image.fromarray(small).resize((512 * factor, 512 * factor)))
+        ((left, top, right, bottom),) = find_faces(pixels)
+        assert left / factor == pytest.approx(170, abs=25) and right / factor == pytest.approx(270, abs=25)
+        assert top / factor == pytest.approx(65, abs=25) and bottom / factor == pytest.approx(165, abs=25)
+    assert find_faces(np.full((100, 300, 3), 128, np.uint8)) == []
+
+
 def test_a_missing_backend_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
-    with pytest.raises(ImportError, match=r"gap_diff_diffusers\[metrics\]"):
-        DlibFaces()
+    for needs_it in (DlibFaces, lambda: find_faces(np.zeros((50, 50, 3), np.uint8))):
+        with pytest.raises(ImportError, match=r"gap_diff_diffusers\[metrics\]"):
+            needs_it()

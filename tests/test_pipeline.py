@@ -16,7 +16,7 @@ from gap_diff_diffusers import (
     PhotoError,
 )
 from gap_diff_diffusers.budget import budget_levels
-from gap_diff_diffusers.images import Photo
+from gap_diff_diffusers.images import Photo, resize_pixels
 
 
 @pytest.fixture(scope="module")
@@ -530,3 +530,59 @@ def test_discriminator_saves_loads_and_refuses(tmp_path):
             GAPDiffDiscriminator(**config)
     with pytest.raises(ValueError, match=r"\(1, 1, 9, 9\)"):
         discriminator(torch.zeros(1, 1, 9, 9))
+
+
+# --- Faces -----------------------------------------------------------------------------------------------------------
+def test_a_face_is_protected_as_the_crop_that_an_attacker_makes_of_it(make_pipeline, make_pixels):
+    """In the square twice as wide as the face: what protecting that square at the native size adds to it."""
+    pipe = make_pipeline(native_size=64)
+    pixels = make_pixels(400, 500)
+    box = (250, 150, 350, 250)  # so the square is 200 px, at (200, 100)
+    with_face = pipe.protect_batch([Photo(pixels=pixels)], faces=[[box]])[0].pixels.astype(int) - pixels
+    without = pipe.protect_batch([Photo(pixels=pixels)])[0].pixels.astype(int) - pixels
+    far = np.ones((400, 500), bool)
+    far[85:315, 185:415] = False
+    assert np.array_equal(with_face[far], without[far])
+    assert np.abs(with_face).max() <= 8
+
+    square = Photo(pixels=resize_pixels(np.ascontiguousarray(pixels[90:310, 190:410]), 70, 70))
+    alone = pipe.protect_batch([square])[0].pixels.astype(float) - square.pixels
+    expected = np.asarray(
+        [Image.fromarray(alone[..., c].astype(np.float32)).resize((220, 220), 3) for c in range(3)]
+    ).transpose(1, 2, 0)[10:-10, 10:-10]
+    drawn = with_face[100:300, 200:400]
+    inside = (pixels[100:300, 200:400] > 8) & (pixels[100:300, 200:400] < 247)
+    assert np.corrcoef(expected[inside], drawn[inside])[0, 1] > 0.95
+    assert np.corrcoef(expected[inside], without[100:300, 200:400][inside])[0, 1] < 0.7
+
+
+def test_a_face_that_an_attacker_has_to_enlarge_gets_as_much(make_pipeline, make_pixels):
+    pipe = make_pipeline(native_size=64)
+    pixels = make_pixels(200, 200).clip(20, 235)
+    small, large = (
+        pipe.protect_batch([Photo(pixels=pixels)], faces=[[box]])[0].pixels.astype(float) - pixels
+        for box in ((92, 92, 108, 108), (68, 68, 132, 132))
+    )
+    power = [
+        np.square(change[slice(*part), slice(*part)]).mean()
+        for change, part in ((small, (84, 116)), (large, (36, 164)))
+    ]
+    assert power[0] == pytest.approx(power[1], rel=0.25)
+
+
+def test_faces_at_the_edge_and_tiny_ones_are_no_trouble(make_pipeline, make_pixels):
+    pipe = make_pipeline()
+    pixels = make_pixels(120, 90)
+    boxes = [(-20, -10, 40, 50), (70, 100, 110, 140), (50, 50, 52, 52)]
+    output = pipe([pixels, pixels], faces=[boxes, []], output_type="np")
+    assert max(output.budget) <= 8
+    assert np.array_equal(output.images[1], pipe(pixels, output_type="np").images[0])
+    assert not np.array_equal(output.images[0], output.images[1])
+
+
+@pytest.mark.parametrize(
+    ("faces", "message"), [([[], []], "each of the 1 photos"), ([[(5, 5, 5, 9)]], "left, top, right, bottom")]
+)
+def test_boxes_that_are_none_are_refused(make_pipeline, make_pixels, faces, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(make_pixels(), faces=faces)

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..images import resize_pixels
+
 THRESHOLD = 0.6
 
 
@@ -47,6 +49,31 @@ class IdentityResult:
         return self.single / len(self.distances)
 
 
+def find_faces(pixels: np.ndarray, side: int = 1600) -> list[tuple[float, float, float, float]]:
+    """The boxes (left, top, right, bottom) of frontal faces in a photo (H,W,3) uint8, in its pixels.
+
+    The photo is scaled to a long side of `side`; faces wider than about 80 px of those are found, a twentieth of the
+    photo.
+
+    Raises:
+        ImportError: dlib is not installed.
+    """
+    scale = side / max(pixels.shape[:2])
+    height, width = (round(length * scale) for length in pixels.shape[:2])
+    boxes = _import_dlib().get_frontal_face_detector()(resize_pixels(pixels, height, width), 0)
+    return [(box.left() / scale, box.top() / scale, box.right() / scale, box.bottom() / scale) for box in boxes]
+
+
+def _import_dlib():
+    try:
+        import dlib
+    except ImportError as error:
+        raise ImportError(
+            "expected dlib to find faces, got none; pip install 'gap_diff_diffusers[metrics]'"
+        ) from error
+    return dlib
+
+
 class DlibFaces:
     """dlib's frontal face detector, its five landmarks and its embedding of 128 numbers.
 
@@ -58,12 +85,7 @@ class DlibFaces:
     """
 
     def __init__(self, models: Path | None = None):
-        try:
-            import dlib
-        except ImportError as error:
-            raise ImportError(
-                "expected dlib for face recognition, got none; pip install 'gap_diff_diffusers[metrics]'"
-            ) from error
+        dlib = _import_dlib()
         if models is None:
             found = importlib.util.find_spec("face_recognition_models")
             if found is None or found.origin is None:

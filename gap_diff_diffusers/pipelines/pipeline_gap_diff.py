@@ -27,6 +27,7 @@ from PIL import Image
 from ..budget import add_perturbation, budget_levels, largest_change
 from ..images import MINIMUM_SIDE, Photo, PhotoError, psnr, read_photo, resize_pixels, ssim, with_pixels
 
+Box = tuple[float, float, float, float]
 PhotoInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Photo
 
 GENERATOR_MODULE = "gap_diff_diffusers.models.gap_diff_generator"  # part of the published format
@@ -81,6 +82,7 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         batch_size: int = 1,
         return_dict: bool = True,
+        faces: list[list[Box]] | None = None,
     ) -> GAPDiffProtectionPipelineOutput | tuple:
         """Protect photos.
 
@@ -97,6 +99,9 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             batch_size: how many photos of one size the network takes at once. More than 1 helps on a GPU. By
                 floating-point rounding, single values may then differ by a level.
             return_dict: `False` for a plain tuple.
+            faces: per photo the boxes (left, top, right, bottom) of its faces, in pixels of the upright photo. Around
+                each the perturbation is computed at the one scale at which an attacker will see that face. Without
+                them, at several scales that share the budget (`perturbation_sizes`).
 
         Raises:
             PhotoError: a photo that cannot be protected; its position in the list is named.
@@ -107,10 +112,13 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size!r}")
         originals = _read_all(photos)
+        if faces is not None and len(faces) != len(originals):
+            raise ValueError(f"expected a list of faces for each of the {len(originals)} photos, got {len(faces)}")
         protected: list[Photo | None] = [None] * len(originals)
         with self.progress_bar(total=len(originals)) as progress_bar:
             for indices in _batches_of_one_size(originals, batch_size):
-                batch = self.protect_batch([originals[i] for i in indices], noise_budget, strength)
+                of_batch = None if faces is None else [faces[i] for i in indices]
+                batch = self.protect_batch([originals[i] for i in indices], noise_budget, strength, of_batch)
                 for index, photo in zip(indices, batch, strict=True):
                     protected[index] = photo
                 progress_bar.update(len(indices))
@@ -128,7 +136,11 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def protect_batch(
-        self, photos: list[Photo], noise_budget: float | None = None, strength: float = 1.0
+        self,
+        photos: list[Photo],
+        noise_budget: float | None = None,
+        strength: float = 1.0,
+        faces: list[list[Box]] | None = None,
     ) -> list[Photo]:
         """Protect photos of one size; what `__call__` does between reading and measuring."""
         levels = budget_levels(self.config.noise_budget if noise_budget is None else noise_budget)
@@ -138,19 +150,18 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             raise ValueError("the generator is in training mode; call pipe.generator.eval() first")
         height, width = photos[0].pixels.shape[:2]
         sizes = self.perturbation_sizes(height, width)
-        return [
-            with_pixels(
-                photo,
-                add_perturbation(
-                    photo.pixels,
-                    resize_pixels(perturbation, height, width),
-                    amplitude=levels * strength,
-                    levels=levels,
-                    gray=photo.gray,
-                ),
+        protected = []
+        for index, (photo, perturbation) in enumerate(zip(photos, self._perturb(photos, sizes))):
+            perturbation = resize_pixels(perturbation, height, width)
+            for box in sorted(
+                faces[index] if faces else [], key=_width, reverse=True
+            ):  # the smallest has the last word
+                perturbation = self._perturb_face(photo, perturbation, box)
+            pixels = add_perturbation(
+                photo.pixels, perturbation, amplitude=levels * strength, levels=levels, gray=photo.gray
             )
-            for photo, perturbation in zip(photos, self._perturb(photos, sizes))
-        ]
+            protected.append(with_pixels(photo, pixels))
+        return protected
 
     def perturbation_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """The sizes (height, width) at which the perturbation of a photo is computed, smallest first.
@@ -169,6 +180,47 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
             self.generator.nearest_size(round(height * side / long_side), round(width * side / long_side))
             for side in sides
         ]
+
+    def _perturb_face(self, photo: Photo, perturbation: np.ndarray, box: Box) -> np.ndarray:
+        """The photo's perturbation (H,W,3) uint8 with another one in the square that is twice as wide as the face.
+
+        That one is computed with this square seen at the network's native size, as an attacker will who cuts it out.
+        It fades into the other at the square's edges, outside of it.
+        """
+        left, top, right, bottom = box
+        if not (right > left and bottom > top):
+            raise ValueError(f"expected the box of a face as (left, top, right, bottom), got {tuple(box)}")
+        height, width = photo.pixels.shape[:2]
+        side = 2 * _width(box)
+        reach = 0.55 * side  # half the square, and a tenth of that to fade in
+        x, y = (left + right) / 2, (top + bottom) / 2
+        rows = slice(max(0, round(y - reach)), min(height, round(y + reach)))
+        columns = slice(max(0, round(x - reach)), min(width, round(x + reach)))
+        size = (rows.stop - rows.start, columns.stop - columns.start)
+        if min(size) < MINIMUM_SIDE:
+            return perturbation
+        scale = self.generator.config.native_size / side
+        seen = self.generator.nearest_size(*(round(length * scale) for length in size))
+        cut = with_pixels(photo, np.ascontiguousarray(photo.pixels[rows, columns]))
+        (drawn,) = self._perturb([cut], [seen])
+        fine, coarse = drawn.astype(np.float32) - 128, resize_pixels(drawn, *size).astype(np.float32) - 128
+        if (
+            scale > 1
+        ):  # what is finer than the photo is lost; what is left gets its power, as far as the budget lets it
+            lost, power = coarse, np.square(fine).mean()
+            for _ in range(5):
+                gain = np.sqrt(power / max(np.square(coarse).mean(), 1e-6))
+                lost = lost * gain
+                coarse = lost.clip(-127, 127)
+        across, down = (
+            np.clip((reach - np.abs(np.arange(part.start, part.stop) + 0.5 - middle)) / (0.05 * side), 0, 1)
+            for part, middle in ((columns, x), (rows, y))
+        )
+        weight = (down[:, None] * across[None, :])[:, :, None].astype(np.float32)
+        result = perturbation.copy()
+        mixed = (1 - weight) * (perturbation[rows, columns].astype(np.float32) - 128) + weight * coarse
+        result[rows, columns] = np.clip(np.rint(mixed), -127, 127) + 128
+        return result
 
     def _perturb(self, photos: list[Photo], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
         """The perturbation of photos computed at `sizes`: (h,w,3) uint8 each, of the last size, 128 standing for 0."""
@@ -320,6 +372,11 @@ def self_contained_source() -> str:
         return f"# --- gap_diff_diffusers/{match.group(1)}.py\n" + text.split('"""', 2)[2].strip() + "\n\n"
 
     return re.sub(r"^from \.\.(\w+) import .*\n", inline, source, flags=re.MULTILINE)
+
+
+def _width(box: Box) -> float:
+    """The longer side of a face's box."""
+    return max(box[2] - box[0], box[3] - box[1])
 
 
 def _read_all(photos: PhotoInput | list[PhotoInput]) -> list[Photo]:
