@@ -16,6 +16,7 @@ from test_surrogates_diffusion import FAMILIES
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
 from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
 from gap_diff_diffusers.images import Photo
+from gap_diff_diffusers.models.gap_diff_generator import resize
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import last_checkpoint
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
@@ -131,6 +132,19 @@ def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder,
         last = trainer.training_step(source())["loss"]
     assert last < first
     assert all(torch.equal(v, before[k]) for k, v in trainer.encoders[0].state_dict().items())
+
+
+def test_an_encoder_sees_photos_at_its_resolution(photos, encoder, tmp_path):
+    config = make_config(photos, encoder, tmp_path / "run", crop_size=128, encoder_resolutions=(256,))
+    trainer = GAPDiffTrainer(config)
+    images = torch.rand(2, 3, 128, 128, generator=seeded())
+    seen = trainer._encode(trainer.encoders[0], images, 256)
+    assert torch.equal(seen, trainer.encoders[0].encode_images(resize(images, (64, 64))))
+    same = make_config(photos, encoder, tmp_path / "run", crop_size=128)
+    name = "displacement/encoder"
+    assert trainer.training_step(seeded())[name] != GAPDiffTrainer(same).training_step(seeded())[name]
+    with pytest.raises(ValueError, match="as many encoder_resolutions as encoders"):
+        make_config(photos, encoder, tmp_path, encoder_resolutions=(256, 512))
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         encoder_weights: how much each encoder counts in L_adv.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
+        encoder_resolutions: side in pixels at which each encoder sees a photo, as `surrogate_resolutions`; () is 512.
         surrogates: folders or Hub ids of text-to-image models, for `load_surrogate`.
         surrogate_revisions: branch, tag or commit of each surrogate; none of them for the newest.
         surrogate_weights: how much each surrogate counts in L_adv.
@@ -83,6 +84,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     encoders: tuple[str, ...] = ()
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
+    encoder_resolutions: tuple[int, ...] = ()
     surrogates: tuple[str, ...] = ()
     surrogate_revisions: tuple[str, ...] = ()
     surrogate_weights: tuple[float, ...] = ()
@@ -151,10 +153,9 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         ends = [stage[0] for stage in stages]
         if sorted(ends) != ends or ends[-1] != 1:
             raise ValueError(f"expected stages that end one after the other, the last at 1, got {self.stages!r}")
-        if self.surrogate_revisions and len(self.surrogate_revisions) != len(self.surrogates):
-            raise ValueError(
-                f"expected as many surrogate_revisions as surrogates, or none, got {len(self.surrogate_revisions)}"
-            )
+        for name, kind in (("surrogate_revisions", "surrogates"), ("encoder_resolutions", "encoders")):
+            if (count := len(getattr(self, name))) not in (0, len(getattr(self, kind))):
+                raise ValueError(f"expected as many {name} as {kind}, or none, got {count}")
         if len(self.scale_factors) != len(self.scale_weights):
             raise ValueError(
                 f"expected as many scale_weights as scale_factors, got {len(self.scale_weights)} and "
@@ -293,11 +294,14 @@ class GAPDiffTrainer(TrainingLoop):
         """L_adv of photos that were moved (N,3,H,W), and figures to log."""
         config = self.config
         loss, figures = torch.zeros((), device=self.device), {}
-        for encoder, weight, size in zip(self.encoders, config.encoder_weights, config.encoder_crop_sizes):
+        resolutions = config.encoder_resolutions or (512,) * len(self.encoders)
+        for encoder, weight, size, resolution in zip(
+            self.encoders, config.encoder_weights, config.encoder_crop_sizes, resolutions
+        ):
             crop = _random_crop(moved.shape[-2:], size, generator)
             with torch.no_grad():
-                latents = self._encode(encoder, clean[crop])
-            displacement = encoder_displacement(latents, self._encode(encoder, moved[crop]))
+                latents = self._encode(encoder, clean[crop], resolution)
+            displacement = encoder_displacement(latents, self._encode(encoder, moved[crop], resolution))
             loss = loss + weight * log_displacement_loss(displacement)
             figures[f"displacement/{encoder.name}"] = displacement.mean().item()
         for index, (surrogate, weight) in enumerate(zip(self.surrogates, config.surrogate_weights)):
@@ -314,9 +318,7 @@ class GAPDiffTrainer(TrainingLoop):
         Or, `as_attacker`, what someone who personalizes it minimizes: neither weighted nor of other noise.
         """
         config, surrogate = self.config, self.surrogates[index]
-        factor, multiple = config.surrogate_resolutions[index] / 512, surrogate.size_multiple
-        size = tuple(max(1, round(side * factor / multiple)) * multiple for side in images.shape[-2:])
-        images = resize(images, size)
+        images = _at_resolution(images, config.surrogate_resolutions[index], surrogate.size_multiple)
         # Drawn on the CPU, so that a run does not depend on the device.
         timesteps = surrogate.draw_timesteps(len(images), generator).to(self.device)
         draw = torch.rand if config.noise == "uniform" and not as_attacker else torch.randn
@@ -355,9 +357,10 @@ class GAPDiffTrainer(TrainingLoop):
         publish = RealJPEG(70).eval()
         published_clean, published = publish(images), publish(protected)
         figures = {}
-        for encoder in self.encoders:
+        resolutions = self.config.encoder_resolutions or (512,) * len(self.encoders)
+        for encoder, side in zip(self.encoders, resolutions):
             moved = [
-                encoder_displacement(self._encode(encoder, x[None]), self._encode(encoder, y[None])).item()
+                encoder_displacement(self._encode(encoder, x[None], side), self._encode(encoder, y[None], side)).item()
                 for x, y in zip(published_clean, published)
             ]
             figures[f"held_out/{encoder.name}"] = sum(moved) / len(moved)
@@ -402,9 +405,19 @@ class GAPDiffTrainer(TrainingLoop):
         position = torch.rand((), generator=generator).item()
         return [low * (high / low) ** position for low, high in entry]
 
-    def _encode(self, encoder: EncoderSurrogate, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.encoder_dtype).contiguous(memory_format=torch.channels_last)
+    def _encode(self, encoder: EncoderSurrogate, images: torch.Tensor, resolution: int = 512) -> torch.Tensor:
+        images = (
+            _at_resolution(images, resolution, 1 if resolution == 512 else 8)
+            .to(self.encoder_dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
         return encoder.encode_images(images).float()
+
+
+def _at_resolution(images: torch.Tensor, resolution: int, multiple: int) -> torch.Tensor:
+    """Crops (N,3,H,W) of photos of 512 px as they are where photos have `resolution`, in sides of this multiple."""
+    size = [max(1, round(side * resolution / 512 / multiple)) * multiple for side in images.shape[-2:]]
+    return resize(images, (size[0], size[1]))
 
 
 def _random_crop(size: Sequence[int], side: int, generator: torch.Generator) -> tuple:
