@@ -66,7 +66,9 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
 
 def portable_name(value: str | None) -> str | None:
     """What a record says of a file, folder or Hub id: the last part of a path on this machine, an id as it is."""
-    return Path(value).name if value is not None and Path(value).exists() else value
+    if value is None or not (Path(value).is_absolute() or Path(value).exists()):
+        return value
+    return Path(value).resolve().name
 
 
 def provenance() -> dict:

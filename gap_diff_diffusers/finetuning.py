@@ -87,10 +87,10 @@ class DreamBoothConfig:
 
 FACE_MODEL_ATTACK = DreamBoothConfig(
     resolution=256,
-    max_train_steps=450,
+    max_train_steps=400,
     train_batch_size=4,
     prior_batch_size=2,
-    num_class_images=32,
+    num_class_images=24,
     train_text_encoder="token",
     learning_rate=4e-4,
     text_learning_rate=4e-3,

@@ -31,9 +31,10 @@ A small text-to-image model of faces, trained from nothing with `gap_diff_diffus
 processor, to see what a protection does. It draws nobody in particular, and nothing but portraits.
 
 ```python
+import torch
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{repo_id}")
+pipe = StableDiffusionPipeline.from_pretrained("{repo_id}", dtype=torch.float32)
 image = pipe("a photo of a person", height={resolution}, width={resolution}, guidance_scale=2.5).images[0]
 ```
 """
@@ -57,7 +58,7 @@ def publish(arguments: argparse.Namespace, folder: Path, record: dict[str, Any])
     folder = Path(folder).resolve()
     repo_id = arguments.hub_model_id
     if arguments.push_to_hub:
-        options = {"exist_ok": True, "private": arguments.hub_private_repo, "token": arguments.hub_token}
+        options = {"exist_ok": True, "private": arguments.hub_private_repo or None, "token": arguments.hub_token}
         repo_id = create_repo(repo_id or folder.name, **options).repo_id
     write_model_card(folder, record, repo_id=repo_id, show_samples=arguments.hub_push_samples)
     if arguments.push_to_hub:

@@ -59,6 +59,7 @@ class PhotoFile:
         largest_change: of any subpixel, in levels, the saved file against the original.
         psnr, ssim: of the saved file against the original; psnr in dB, None if nothing changed or nothing was saved.
         encoding_change, encoding_psnr: the saved file against the protected photo; None if it is lossless.
+        faces: how many were found, if they were looked for.
         seconds: of reading, protecting and saving together.
     """
 
@@ -73,6 +74,7 @@ class PhotoFile:
     ssim: float | None = None
     encoding_change: int | None = None
     encoding_psnr: float | None = None
+    faces: int | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str | None = None
@@ -577,6 +579,10 @@ def _protect(pipeline, group: list[tuple[_Task, Photo]], levels: int, settings: 
             from .metrics.identity import find_faces
 
             faces = [find_faces(photo.pixels) for photo in photos]
+            for (task, _), found in zip(group, faces):
+                task.file.faces = len(found)
+                if not found:
+                    task.file.notes.append("no face was found: small ones and profiles are not")
         protected = pipeline.protect_batch(photos, levels / 255, settings.strength, faces)
     except Exception as error:  # noqa: BLE001  as in _read; too little memory above all
         remedy = "; a smaller --batch-size needs less memory" if len(group) > 1 else ""

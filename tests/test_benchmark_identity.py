@@ -96,6 +96,11 @@ def test_surrogate_measures_the_autoencoder_and_counts_faces(model, photos, tmp_
     assert Image.open(tmp_path / "s.png").size == (128, 64)
     assert "jpeg_quality" in record and "checkpoint" not in record
 
+    command[command.index(model)] = f"{model}/vae"
+    assert main(command) == 0
+    assert json.loads(output.read_text())["psnr"] == pytest.approx(record["psnr"])
+    assert "samples" not in json.loads(output.read_text()) and "samples" not in capsys.readouterr().out
+
 
 def test_displacement_without_a_change_is_zero(model):
     surrogate = load_surrogate(model)

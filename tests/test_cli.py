@@ -698,7 +698,8 @@ def test_faces_are_detected_on_request(run_protect, tmp_path, monkeypatch):
     changed = np.argwhere((without != with_faces).any(axis=2))  # about the face, from (65, 170) to (165, 270)
     assert len(changed) > 1000 and changed.max(axis=0)[0] < 250 and changed.min(axis=0)[1] > 80
     assert np.abs(with_faces - original).max() <= 8
-    assert json.loads(Path("report.json").read_text())["config"]["detect_faces"] is True
+    report = json.loads(Path("report.json").read_text())
+    assert report["config"]["detect_faces"] is True and report["photos"][0]["faces"] == 1
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, message = run_protect(photo, "-o", "other.png", "--detect-faces")

@@ -39,10 +39,13 @@ def test_a_person_is_recognised_and_a_picture_without_a_face_is_not(faces, face)
 def test_the_largest_of_several_faces_counts(faces, face):
     small = torch.nn.functional.interpolate(face[None], scale_factor=0.5, mode="area")[0]
     both = torch.full((3, 256, 400), 0.5)
-    both[:, :, :256], both[:, 64:192, 264:392] = face, small
-    assert [embedding.shape for embedding in faces.embeddings(both)] == [(128,), (128,)]
-    found = faces.compare([both], [face])
-    assert found.single == 0 and found.distances[0] < 0.2
+    both[:, :, :256], both[:, 64:192, 264:392] = face, 0.2 * small
+    first, second = faces.embeddings(both)
+    assert first.shape == second.shape == (128,)
+    (large,), (dark,) = faces.embeddings(face), faces.embeddings(torch.nn.functional.pad(0.2 * small, (64,) * 4))
+    assert np.linalg.norm(first - large) < np.linalg.norm(first - dark)
+    assert np.linalg.norm(second - dark) < np.linalg.norm(second - large)
+    assert faces.compare([both], [face]).single == 0
 
 
 def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):

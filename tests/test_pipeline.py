@@ -581,7 +581,12 @@ def test_faces_at_the_edge_and_tiny_ones_are_no_trouble(make_pipeline, make_pixe
 
 
 @pytest.mark.parametrize(
-    ("faces", "message"), [([[], []], "each of the 1 photos"), ([[(5, 5, 5, 9)]], "left, top, right, bottom")]
+    ("faces", "message"),
+    [
+        ([[], []], "each of the 1 photos"),
+        ([[(5, 5, 5, 9)]], "left, top, right, bottom"),
+        ([(5, 5, 9, 9)], "got 5 as a box"),
+    ],
 )
 def test_boxes_that_are_none_are_refused(make_pipeline, make_pixels, faces, message):
     with pytest.raises(ValueError, match=message):

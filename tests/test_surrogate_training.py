@@ -110,6 +110,16 @@ def test_an_interrupted_loop_resumes_as_if_nothing_had_happened(tmp_path):
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
+def test_a_run_can_end_early_and_go_on(tmp_path):
+    Line(line_config(tmp_path / "whole")).train()
+    part = Line(line_config(tmp_path / "parts", stop_after_steps=33))
+    assert "held_out/weight" in part.train() and not part.line.training
+    assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-20", "checkpoint-33"]
+    Line(line_config(tmp_path / "parts")).train(resume=True)
+    losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("parts", "whole")]
+    assert losses[0] == losses[1]
+
+
 def test_what_a_loop_refuses(tmp_path):
     with pytest.raises(ValueError, match="found none"):
         Line(line_config(tmp_path)).train(resume=True)
@@ -153,6 +163,23 @@ def test_what_an_interruption_left_does_not_stop_a_run_from_resuming(tmp_path):
     assert len(checkpoints(tmp_path)) == 1
     Line(line_config(tmp_path, max_train_steps=20)).train(resume=True)
     assert [entry["step"] for entry in log_of(tmp_path)] == list(range(1, 21))
+
+
+def test_float16_gives_up_where_every_gradient_overflows(tmp_path):
+    loop = Line(line_config(tmp_path))
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = loop.line.weight.item()
+
+    def overflow():
+        loss = (loop.line.weight - loop.line.weight.detach()).square().sum().sqrt()
+        return loop.update("line", loss)
+
+    for _ in range(2):
+        overflow()  # which the scaler answers with a lower scale
+    with pytest.raises(FloatingPointError, match="mixed precision"):
+        overflow()
+    assert loop.line.weight.item() == before
+    assert loop.schedulers["line"].last_epoch == 0
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -238,8 +265,10 @@ def test_latents_learn_to_answer_perturbations_as_the_encoder_does(photos, encod
 def test_an_autoencoder_can_start_from_another(photos, tmp_path):
     vae = AutoencoderTrainer(make_config(photos, tmp_path, seed=1)).vae
     vae.save_pretrained(tmp_path / "vae")
-    again = AutoencoderTrainer(make_config(photos, tmp_path, vae_init_from=str(tmp_path / "vae"))).vae
-    for ours, theirs in zip(again.parameters(), vae.parameters()):
+    config = make_config(photos, tmp_path / "run", vae_init_from=str(tmp_path / "vae"), vae_max_train_steps=0)
+    again = AutoencoderTrainer(config)
+    assert again.train()["held_out/psnr"] > 0
+    for ours, theirs in zip(again.vae.parameters(), vae.parameters()):
         assert torch.equal(ours, theirs)
 
 
@@ -271,7 +300,11 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     assert rest - {".gitattributes"} == {"README.md", "model_index.json", "training_record.json", "samples/2.png"}
     assert not [name for name, content in uploaded.items() if str(tmp_path).encode() in content]
     card = uploaded["README.md"].decode()
-    assert 'from_pretrained("org/face-model")' in card and "held_out/psnr" in card and "samples/2.png" in card
+    assert (
+        'from_pretrained("org/face-model", dtype=torch.float32)' in card
+        and "held_out/psnr" in card
+        and "samples/2.png" in card
+    )
     assert "license: apache-2.0" in card.split("---")[1] and str(tmp_path) not in card
     pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

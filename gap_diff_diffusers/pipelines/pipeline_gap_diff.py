@@ -114,6 +114,8 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         originals = _read_all(photos)
         if faces is not None and len(faces) != len(originals):
             raise ValueError(f"expected a list of faces for each of the {len(originals)} photos, got {len(faces)}")
+        for box in (box for of_photo in faces or () for box in of_photo):
+            _check_box(box)
         protected: list[Photo | None] = [None] * len(originals)
         with self.progress_bar(total=len(originals)) as progress_bar:
             for indices in _batches_of_one_size(originals, batch_size):
@@ -188,8 +190,6 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         It fades into the other at the square's edges, outside of it.
         """
         left, top, right, bottom = box
-        if not (right > left and bottom > top):
-            raise ValueError(f"expected the box of a face as (left, top, right, bottom), got {tuple(box)}")
         height, width = photo.pixels.shape[:2]
         side = 2 * _width(box)
         reach = 0.55 * side  # half the square, and a tenth of that to fade in
@@ -372,6 +372,14 @@ def self_contained_source() -> str:
         return f"# --- gap_diff_diffusers/{match.group(1)}.py\n" + text.split('"""', 2)[2].strip() + "\n\n"
 
     return re.sub(r"^from \.\.(\w+) import .*\n", inline, source, flags=re.MULTILINE)
+
+
+def _check_box(box: Box) -> None:
+    sides = tuple(box) if isinstance(box, (list, tuple, np.ndarray)) else ()
+    if len(sides) != 4 or not (sides[2] > sides[0] and sides[3] > sides[1]):
+        raise ValueError(
+            f"expected faces as a list for each photo of boxes (left, top, right, bottom), got {box!r} as a box"
+        )
 
 
 def _width(box: Box) -> float:

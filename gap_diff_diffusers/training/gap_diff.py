@@ -193,6 +193,7 @@ class GAPDiffTrainer(TrainingLoop):
                     layers_per_block=config.layers_per_block,
                     downscale=config.downscale,
                     output_gain=config.output_gain,
+                    **({"scale_range": 1.0} if config.architecture == "paper" else {}),
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]

@@ -33,7 +33,8 @@ class LoopConfig:
 
     Attributes:
         output_dir: gets the result, the training record, the log and the checkpoints.
-        max_train_steps: optimizer steps.
+        max_train_steps: optimizer steps, over which the learning rate runs its course.
+        stop_after_steps: end earlier, as if these were all, but for the learning rate; None for not.
         train_batch_size: photos per step and process.
         learning_rate: of Adam with decoupled weight decay, at its peak.
         lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
@@ -51,6 +52,7 @@ class LoopConfig:
 
     output_dir: str
     max_train_steps: int = 8000
+    stop_after_steps: int | None = None
     train_batch_size: int = 8
     learning_rate: float = 5e-4
     lr_scheduler: str = "cosine"
@@ -165,12 +167,13 @@ class TrainingLoop(ABC):
             total=config.max_train_steps, initial=self.step, disable=None if main else True, desc=description
         )
         validated: dict[str, float] = {}
-        while self.step < config.max_train_steps:
+        last = min(config.max_train_steps, config.stop_after_steps or config.max_train_steps)
+        while self.step < last:
             figures = self.training_step(self.step_generator())
             self.step += 1
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
-            if self.step % config.validation_steps == 0 or self.step == config.max_train_steps:
+            if self.step % config.validation_steps == 0 or self.step == last:
                 validated = self.validate_averaged()
                 figures |= validated
             if main:
@@ -178,7 +181,7 @@ class TrainingLoop(ABC):
                 with open(log_path, "a", encoding="utf-8") as log:
                     log.write(json.dumps({"step": self.step} | rounded) + "\n")
             self.accelerator.log(figures, step=self.step)
-            if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
+            if self.step % config.checkpointing_steps == 0 or self.step == last:
                 self.save_checkpoint()
         progress.close()
         for name, ema in self.emas.items():
@@ -200,8 +203,9 @@ class TrainingLoop(ABC):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
-        overflow = self.scaler.is_enabled()  # in float16 it is expected now and then: the scaler skips the step
-        if not loss.isfinite() or not (norm.isfinite() or overflow):
+        # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not loss.isfinite() or not (norm.isfinite() or may_overflow):
             rate = optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss of {name} is {loss.item()} and its gradient {norm.item()} at step {self.step}; start anew "
@@ -209,6 +213,8 @@ class TrainingLoop(ABC):
             )
         self.scaler.step(optimizer)
         self.scaler.update()
+        if not norm.isfinite():
+            return norm.item()
         self.schedulers[name].step()
         if name in self.emas:
             self.emas[name].step(network.parameters())
@@ -274,7 +280,15 @@ class TrainingLoop(ABC):
         """Go on from a checkpoint. `max_train_steps` is part of the schedule, so it has to be the same, too."""
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         settings, saved = json.loads(json.dumps(asdict(self.config))), json.loads(state["config"])
-        free = ("output_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit", "data_description")
+        free = (
+            "output_dir",
+            "report_to",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+            "stop_after_steps",
+            "data_description",
+        )
         changed = [key for key in settings.keys() & saved if settings[key] != saved[key] and key not in free]
         if changed:
             raise ValueError(

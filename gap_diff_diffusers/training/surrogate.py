@@ -48,6 +48,13 @@ SCHEDULE = {
 
 
 AUTOENCODER_SETTINGS = (
+    "train_data_dir",
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "image_column",
+    "max_train_samples",
     "resolution",
     "vae_channels",
     "vae_layers_per_block",
@@ -86,7 +93,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         vae_layers_per_block: residual blocks per width.
         latent_channels: of the latents.
         vae_crop_size: side of the crops that the autoencoder learns on, at most 0.8 x `resolution`.
-        vae_max_train_steps, vae_train_batch_size, vae_learning_rate: of the autoencoder.
+        vae_max_train_steps, vae_train_batch_size, vae_learning_rate: of the autoencoder; with 0 steps `vae_init_from`
+            is taken as it is.
         kl_weight: of the posterior's divergence, per latent, from the normal distribution.
         gradient_weight: of the absolute error of neighboring pixels' differences; that of the pixels themselves, at
             three scales, is 1.
@@ -186,6 +194,7 @@ class AutoencoderTrainer(TrainingLoop):
             config,
             output_dir=str(Path(config.output_dir) / "autoencoder"),
             max_train_steps=config.vae_max_train_steps,
+            stop_after_steps=None,
             train_batch_size=config.vae_train_batch_size,
             learning_rate=config.vae_learning_rate,
         )
@@ -229,7 +238,8 @@ class AutoencoderTrainer(TrainingLoop):
                     with torch.no_grad():
                         answer = encoder.encode_images(perturbed)
                     theirs = encoder_displacement(features[: len(few)], answer)
-                    losses["response"] = config.response_weight * (ours / theirs).log().square().mean()
+                    ratio = (ours + 1e-3) / (theirs + 1e-3)
+                    losses["response"] = config.response_weight * ratio.log().square().mean()
                     distilled = distilled + _mean_displacement(answer, _tell(head, answered, answer))
             losses[f"features/{encoder.name}"] = config.feature_weight * _mean_displacement(features, moved)
             losses[f"distillation/{encoder.name}"] = config.distillation_weight * distilled
@@ -435,9 +445,8 @@ def train_surrogate(
             )
         vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
         vae.register_to_config(_name_or_path="")  # a folder of this machine
-        changed = [
-            key for key, value in _settings(config, *AUTOENCODER_SETTINGS).items() if first["config"][key] != value
-        ]
+        now = _settings(config, *AUTOENCODER_SETTINGS)
+        changed = [key for key, value in now.items() if first["config"].get(key) != value]
         if changed:
             raise ValueError(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
