@@ -713,7 +713,7 @@ def test_a_saved_file_that_breaks_the_budget_is_refused(make_pipeline, save_phot
     class Unbounded:
         config = pipeline.config
 
-        def protect_batch(self, photos, noise_budget, strength):
+        def protect_batch(self, photos, noise_budget, strength, faces=None):
             return pipeline.protect_batch(photos, noise_budget * 2, strength)
 
     save_photo(tmp_path / "in" / "photo.png")
