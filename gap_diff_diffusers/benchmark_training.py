@@ -86,7 +86,8 @@ def upstream_step(surrogate, device):
     from .training.losses import discriminator_loss, gan_loss
     from .transforms import build_transform
 
-    generator, discriminator = GAPDiffGenerator(architecture="paper").train(), GAPDiffDiscriminator().train()
+    generator = GAPDiffGenerator(architecture="paper", channels=(64,), layers_per_block=(), scale_range=1.0).train()
+    discriminator = GAPDiffDiscriminator().train()
     generator, discriminator = generator.to(device), discriminator.to(device)
     surrogate.requires_grad_(True)
     optimizers = [torch.optim.Adam(network.parameters(), lr=1e-3) for network in (generator, discriminator)]
