@@ -21,9 +21,7 @@ VARIANTS = ("clean", "protected", f"protected, then {JPEG}", f"ASPL, then {JPEG}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", required=True, metavar="FOLDER", help="a folder a person, with set_B and set_C")
-    parser.add_argument(
-        "--model", default="bundled", metavar="FOLDER|ID", help="text-to-image model (default: bundled)"
-    )
+    parser.add_argument("--model", required=True, metavar="FOLDER|ID", help="text-to-image model")
     parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="protection to measure (default: the bundled one)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="people to measure (default: all)")

@@ -13,7 +13,7 @@ from .benchmark_displacement import LEVELS, add_output_argument, check_output, p
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
     parser.add_argument(
-        "--model", default="bundled", metavar="FOLDER|ID", help="text-to-image model (default: bundled)"
+        "--model", required=True, metavar="FOLDER|ID", help="text-to-image model, or an AutoencoderKL alone"
     )
     parser.add_argument("--resolution", type=int, default=256, help="side of its pictures (default: %(default)s)")
     parser.add_argument("--count", type=int, default=16, help="held-out photos for PGD (default: %(default)s)")

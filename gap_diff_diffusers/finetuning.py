@@ -98,7 +98,7 @@ FACE_MODEL_ATTACK = DreamBoothConfig(
     num_inference_steps=20,
     guidance_scale=2.5,
 )
-"""What learns a person on the bundled face model, on two CPU cores in minutes."""
+"""For a small face model such as `training_scripts/configs/face_model.json` makes, on two CPU cores in minutes."""
 
 
 class DreamBooth:

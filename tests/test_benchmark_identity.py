@@ -118,3 +118,10 @@ def test_training_times_both_loops(model, photos, tmp_path, capsys):
     ours, theirs = record["seconds"].values()
     assert record["ratio"] == pytest.approx(theirs / ours)
     assert f"| ratio | {record['ratio']:.1f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", ["identity", "surrogate", "training"])
+def test_there_is_no_model_unless_one_is_named(benchmark, photos, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", benchmark, "--people" if benchmark == "identity" else "--photos", str(photos)])
+    assert "--model" in capsys.readouterr().err
