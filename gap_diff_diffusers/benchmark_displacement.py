@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = [encoder.name for encoder in encoders]
     rows = {
-        label: {e.name: published_displacement(e, images, y) for e in encoders} | {"psnr": _psnr(images, y)}
+        label: {e.name: published_displacement(e, images, y) for e in encoders} | {"psnr": mean_psnr(images, y)}
         for label, y in moved.items()
     }
     ours = rows["this checkpoint"]
@@ -100,15 +100,21 @@ def to_markdown(record: dict) -> str:
 
 def published_displacement(encoder, clean, moved) -> float:
     """Mean displacement of images (N,3,H,W) in [0,1], clean and moved both through JPEG 70 (4:2:0)."""
-    import torch
-
-    from .surrogates.encoder import encoder_displacement
     from .transforms import RealJPEG
 
     publish = RealJPEG(JPEG_QUALITY).eval()
+    return mean_displacement(encoder, publish(clean), publish(moved))
+
+
+def mean_displacement(encoder, clean, moved) -> float:
+    """Mean displacement of images (N,3,H,W) in [0,1], one after the other."""
+    import torch
+
+    from .surrogates.encoder import encoder_displacement
+
     with torch.no_grad():
         values = [
-            encoder_displacement(encoder.encode_images(publish(x[None])), encoder.encode_images(publish(y[None])))
+            encoder_displacement(encoder.encode_images(x[None]), encoder.encode_images(y[None]))
             for x, y in zip(clean, moved)
         ]
     return torch.cat(values).mean().item()
@@ -171,7 +177,8 @@ def _to_8_bits(images):
     return (images.clamp(0, 1) * 255).round() / 255
 
 
-def _psnr(clean, moved) -> float:
+def mean_psnr(clean, moved) -> float:
+    """Mean PSNR in dB of images (N,3,H,W) in [0,1]."""
     return (-10 * (moved - clean).square().mean(dim=(1, 2, 3)).log10()).mean().item()
 
 

@@ -52,10 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     protection = load_pipeline(arguments.checkpoint, "cpu")
     protection.set_progress_bar_config(disable=True)
     attack = FACE_MODEL_ATTACK
-    references = {p: list(load_faces(list_photos([p / "set_C"]), SIZE)) for p in people}
-    for person, reference in references.items():
-        if not any(faces.embeddings(image) for image in reference):
-            raise ValueError(f"{person / 'set_C'}: expected photos with a face, found none in {len(reference)}")
+    references = {}
+    for person in people:
+        try:
+            references[person] = faces.reference(load_faces(list_photos([person / "set_C"]), SIZE))
+        except ValueError as error:
+            raise ValueError(f"{person / 'set_C'}: {error}") from error
     started = time.perf_counter()
     class_images = generate_images(
         surrogate.pipeline, attack.class_prompt, attack.num_class_images, resolution=attack.resolution, seed=10_000

@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from .data import face_square, list_photos, split_held_out
+    from .faces import find_faces
     from .images import Photo, psnr, resize_pixels
-    from .metrics.identity import find_faces
 
     encoders, pipeline = load(arguments)
     _, held_out = split_held_out(list_photos(arguments.photos))

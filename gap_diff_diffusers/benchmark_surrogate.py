@@ -7,7 +7,17 @@ faces.
 import argparse
 import time
 
-from .benchmark_displacement import LEVELS, add_output_argument, check_output, pgd, report, spread, table
+from .benchmark_displacement import (
+    LEVELS,
+    add_output_argument,
+    check_output,
+    mean_displacement,
+    mean_psnr,
+    pgd,
+    report,
+    spread,
+    table,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         decoded = [autoencoder.decode(surrogate.encode_images(image[None])).sample for image in images]
     decoded = ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
-    psnr = (-10 * (decoded - images).square().mean(dim=(1, 2, 3)).log10()).mean().item()
 
     few = torch.stack(spread(list(images), arguments.count))
     moved = pgd(surrogate, few)
-    displacement = surrogate_displacement(surrogate, few, moved)
+    displacement = mean_displacement(surrogate, few, moved)
 
     figures = {
         "held_out": len(images),
-        "psnr": psnr,
+        "psnr": mean_psnr(images, decoded),
         "pgd_photos": len(few),
         "pgd_displacement": displacement,
         "model": surrogate.name,
@@ -74,20 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         figures |= {"samples": len(samples), "prompt": arguments.prompt}
         figures |= {"one_face": counts.count(1) / len(counts), "no_face": counts.count(0) / len(counts)}
     return report(arguments, figures, to_markdown)
-
-
-def surrogate_displacement(surrogate, images, moved) -> float:
-    """Mean displacement of the latents of photos (N,3,H,W), nothing published in between."""
-    import torch
-
-    from .surrogates.encoder import encoder_displacement
-
-    with torch.no_grad():
-        values = [
-            encoder_displacement(surrogate.encode_images(x[None]), surrogate.encode_images(y[None]))
-            for x, y in zip(images, moved)
-        ]
-    return torch.cat(values).mean().item()
 
 
 def to_markdown(record: dict) -> str:

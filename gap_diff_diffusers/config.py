@@ -64,6 +64,20 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     return config_class(**values)
 
 
+def check_choices(config: object, **choices: tuple[str, ...]) -> None:
+    """ValueError if a setting is none of its choices."""
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"expected {name} one of {', '.join(known)}, got {value!r}")
+
+
+def check_at_least_one(config: object, *names: str) -> None:
+    """ValueError if one of these settings is under 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}")
+
+
 def portable_name(value: str | None) -> str | None:
     """What a record says of a file, folder or Hub id: the last part of a path on this machine, an id as it is."""
     if value is None or not (Path(value).is_absolute() or Path(value).exists()):

@@ -10,7 +10,6 @@ as these vanish in bfloat16, and mixed precision is autocast's.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from .config import check_at_least_one, check_choices
 from .models.gap_diff_generator import resize
 from .surrogates.base import DiffusionSurrogate, PromptEmbedding
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +68,9 @@ class DreamBoothConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, known in (
-            ("train_text_encoder", ("no", "token", "yes")),
-            ("mixed_precision", ("no", "bf16", "fp16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("resolution", "max_train_steps", "train_batch_size", "prior_batch_size", "num_class_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected a {name} of at least 1, got {getattr(self, name)}")
+        check_choices(self, train_text_encoder=("no", "token", "yes"), mixed_precision=("no", "bf16", "fp16"))
+        counts = ("resolution", "max_train_steps", "train_batch_size", "prior_batch_size", "num_class_images")
+        check_at_least_one(self, *counts)
         if self.rare_token not in self.instance_prompt.split():
             raise ValueError(
                 f"expected an instance_prompt with the word {self.rare_token!r}, got {self.instance_prompt!r}"

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 
+from .images import write_atomically
+
 logger = logging.getLogger(__name__)
 
 _PROTECTION = """# {name}
@@ -99,7 +101,7 @@ def write_model_card(
     settings = json.dumps(config, indent=2)
     photos = ", ".join(f"{key}: {value}" for key, value in record["photos"].items())
     text += f"\n## Training\n{config['data_description'] or 'Photos'} ({photos}).\n\n```json\n{settings}\n```\n"
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
+    write_atomically(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{text}".encode())
 
 
 def push_folder(folder: Path, repo_id: str, *, token: str | None = None, push_samples: bool = False) -> str:

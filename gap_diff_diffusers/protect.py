@@ -7,7 +7,6 @@ thread, while other threads read the next photos, and save and check the previou
 import argparse
 import contextlib
 import errno
-import importlib.util
 import math
 import os
 import re
@@ -163,8 +162,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     format = _output_format(arguments)
     _check_checkpoint(arguments.checkpoint)
-    if arguments.detect_faces and importlib.util.find_spec("dlib") is None:
-        raise ImportError("expected dlib for --detect-faces, got none; pip install 'gap_diff_diffusers[metrics]'")
+    if arguments.detect_faces:
+        from .faces import import_dlib
+
+        import_dlib()  # before any photo is read
     work = plan(
         arguments.paths,
         arguments.output,
@@ -576,7 +577,7 @@ def _protect(pipeline, group: list[tuple[_Task, Photo]], levels: int, settings: 
         photos = [photo for _, photo in group]
         faces = None
         if settings.detect_faces:
-            from .metrics.identity import find_faces
+            from .faces import find_faces
 
             faces = [find_faces(photo.pixels) for photo in photos]
             for (task, _), found in zip(group, faces):

@@ -10,7 +10,7 @@ from PIL import Image
 from test_metrics import ASTRONAUT
 from test_surrogate_training import make_config
 
-from gap_diff_diffusers import benchmark_identity, benchmark_surrogate, finetuning, load_surrogate
+from gap_diff_diffusers import benchmark_displacement, benchmark_identity, finetuning, load_surrogate
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBoothConfig
 from gap_diff_diffusers.protections import anti_dreambooth
@@ -105,8 +105,8 @@ def test_surrogate_measures_the_autoencoder_and_counts_faces(model, photos, tmp_
 def test_displacement_without_a_change_is_zero(model):
     surrogate = load_surrogate(model)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert benchmark_surrogate.surrogate_displacement(surrogate, images, images) == 0
-    assert benchmark_surrogate.surrogate_displacement(surrogate, images, 1 - images) > 0
+    assert benchmark_displacement.mean_displacement(surrogate, images, images) == 0
+    assert benchmark_displacement.mean_displacement(surrogate, images, 1 - images) > 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`gap-diff` and `gap-diff protect`, from files to files; bad input, full disks and Ctrl-C included."""
 
-import importlib.util
 import io
 import json
 import math
@@ -701,7 +700,7 @@ def test_faces_are_detected_on_request(run_protect, tmp_path, monkeypatch):
     report = json.loads(Path("report.json").read_text())
     assert report["config"]["detect_faces"] is True and report["photos"][0]["faces"] == 1
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "dlib", None)
     code, _, message = run_protect(photo, "-o", "other.png", "--detect-faces")
     assert code == 1 and "gap_diff_diffusers[metrics]" in message
 

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import gap_diff_diffusers
-from gap_diff_diffusers.data import load_face
-from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult, find_faces
+from gap_diff_diffusers.data import face_square, load_face
+from gap_diff_diffusers.faces import find_faces
+from gap_diff_diffusers.images import PhotoError
+from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult
 
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
 
@@ -28,7 +30,7 @@ def face():
 def test_a_person_is_recognised_and_a_picture_without_a_face_is_not(faces, face):
     noisy = face + 0.05 * torch.randn(face.shape, generator=torch.Generator().manual_seed(0))
     nothing = torch.full_like(face, 0.5)
-    found = faces.compare([face, face.flip(2), noisy, nothing], [face])
+    found = faces.compare([face, face.flip(2), noisy, nothing], faces.reference([face]))
     assert found.distances[0] == pytest.approx(0, abs=1e-6)
     assert 0 < found.distances[1] < 0.6 and 0 < found.distances[2] < 0.6
     assert found.distances[3] is None
@@ -45,14 +47,14 @@ def test_the_largest_of_several_faces_counts(faces, face):
     (large,), (dark,) = faces.embeddings(face), faces.embeddings(torch.nn.functional.pad(0.2 * small, (64,) * 4))
     assert np.linalg.norm(first - large) < np.linalg.norm(first - dark)
     assert np.linalg.norm(second - dark) < np.linalg.norm(second - large)
-    assert faces.compare([both], [face]).single == 0
+    assert faces.compare([both], faces.reference([face])).single == 0
 
 
 def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):
     with pytest.raises(ValueError, match="found none in 1 photos"):
-        faces.compare([face], [torch.zeros_like(face)])
+        faces.reference([torch.zeros_like(face)])
     with pytest.raises(ValueError, match="expected pictures"):
-        faces.compare([], [face])
+        faces.compare([], faces.reference([face]))
 
 
 def test_a_distance_at_the_threshold_is_another_person():
@@ -68,6 +70,22 @@ def test_faces_are_found_in_the_photos_own_pixels():
         assert left / factor == pytest.approx(170, abs=25) and right / factor == pytest.approx(270, abs=25)
         assert top / factor == pytest.approx(65, abs=25) and bottom / factor == pytest.approx(165, abs=25)
     assert find_faces(np.full((100, 300, 3), 128, np.uint8)) == []
+
+
+def test_a_face_square_is_cut_around_the_face_within_the_photo(tmp_path):
+    photo = np.array(Image.open(ASTRONAUT).convert("RGB"))[:320, 60:380]
+    ((left, _, right, _),) = find_faces(photo)
+    Image.fromarray(np.pad(photo, ((0, 0), (100, 0), (0, 0)))).save(tmp_path / "photo.png")
+    square = face_square(tmp_path / "photo.png", 2.0)
+    assert square.width == square.height == pytest.approx(2 * (right - left), rel=0.15)
+    ((x0, y0, x1, y1),) = find_faces(np.array(square))
+    assert (x0 + x1) / 2 / square.width == pytest.approx(0.5, abs=0.08)
+    assert (y0 + y1) / 2 / square.width == pytest.approx(0.56, abs=0.08)
+    whole = face_square(tmp_path / "photo.png", 9.0)
+    assert whole.size == (320, 320) and np.array(whole)[:, :40].mean() > 10  # of the black padding little is left
+    Image.new("RGB", (300, 300)).save(tmp_path / "nothing.png")
+    with pytest.raises(PhotoError, match="no face"):
+        face_square(tmp_path / "nothing.png", 2.0)
 
 
 def test_a_missing_backend_names_the_extra(monkeypatch):

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # divide layers where one uses another.
 LAYERS = (
     ("images", "budget", "registry"),  # 0
-    ("config",),  # 0b: writes its records as images writes photos
+    ("config", "faces"),  # 0b: write records, and look, as images does
     ("data", "models", "surrogates", "transforms"),  # 1
     ("finetuning",),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3

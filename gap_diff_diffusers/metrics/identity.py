@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..images import resize_pixels
+from ..faces import import_dlib
 
 THRESHOLD = 0.6
 
@@ -49,31 +49,6 @@ class IdentityResult:
         return self.single / len(self.distances)
 
 
-def find_faces(pixels: np.ndarray, side: int = 1600) -> list[tuple[float, float, float, float]]:
-    """The boxes (left, top, right, bottom) of frontal faces in a photo (H,W,3) uint8, in its pixels.
-
-    The photo is scaled to a long side of `side`; faces wider than about 80 px of those are found, a twentieth of the
-    photo.
-
-    Raises:
-        ImportError: dlib is not installed.
-    """
-    scale = side / max(pixels.shape[:2])
-    height, width = (round(length * scale) for length in pixels.shape[:2])
-    boxes = _import_dlib().get_frontal_face_detector()(resize_pixels(pixels, height, width), 0)
-    return [(box.left() / scale, box.top() / scale, box.right() / scale, box.bottom() / scale) for box in boxes]
-
-
-def _import_dlib():
-    try:
-        import dlib
-    except ImportError as error:
-        raise ImportError(
-            "expected dlib to find faces, got none; pip install 'gap_diff_diffusers[metrics]'"
-        ) from error
-    return dlib
-
-
 class DlibFaces:
     """dlib's frontal face detector, its five landmarks and its embedding of 128 numbers.
 
@@ -85,7 +60,7 @@ class DlibFaces:
     """
 
     def __init__(self, models: Path | None = None):
-        dlib = _import_dlib()
+        dlib = import_dlib()
         if models is None:
             found = importlib.util.find_spec("face_recognition_models")
             if found is None or found.origin is None:
@@ -107,15 +82,15 @@ class DlibFaces:
         boxes = sorted(self._detect(pixels, 1), key=lambda box: -box.area())
         return [np.array(self._network.compute_face_descriptor(pixels, self._landmarks(pixels, box))) for box in boxes]
 
-    def compare(self, images: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> IdentityResult:
-        """How near images (3,H,W) in [0,1] are to the person in `reference`.
-
-        Raises:
-            ValueError: no image, or no face in any reference.
-        """
-        known = [faces[0] for image in reference if (faces := self.embeddings(image))]
+    def reference(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has."""
+        known = [faces[0] for photo in photos if (faces := self.embeddings(photo))]
         if not known:
-            raise ValueError(f"expected a face in the reference, found none in {len(reference)} photos")
+            raise ValueError(f"expected a face in the reference, found none in {len(photos)} photos")
+        return known
+
+    def compare(self, images: Sequence[torch.Tensor], known: Sequence[np.ndarray]) -> IdentityResult:
+        """How near images (3,H,W) in [0,1] are to the person of `reference`; ValueError if there are none."""
         if not len(images):
             raise ValueError("expected pictures to compare, got none")
         distances: list[float | None] = []

@@ -155,9 +155,8 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         protected = []
         for index, (photo, perturbation) in enumerate(zip(photos, self._perturb(photos, sizes))):
             perturbation = resize_pixels(perturbation, height, width)
-            for box in sorted(
-                faces[index] if faces else [], key=_width, reverse=True
-            ):  # the smallest has the last word
+            boxes = faces[index] if faces else []
+            for box in sorted(boxes, key=_width, reverse=True):  # the smallest has the last word
                 perturbation = self._perturb_face(photo, perturbation, box)
             pixels = add_perturbation(
                 photo.pixels, perturbation, amplitude=levels * strength, levels=levels, gray=photo.gray
@@ -204,14 +203,13 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
         cut = with_pixels(photo, np.ascontiguousarray(photo.pixels[rows, columns]))
         (drawn,) = self._perturb([cut], [seen])
         fine, coarse = drawn.astype(np.float32) - 128, resize_pixels(drawn, *size).astype(np.float32) - 128
-        if (
-            scale > 1
-        ):  # what is finer than the photo is lost; what is left gets its power, as far as the budget lets it
-            lost, power = coarse, np.square(fine).mean()
+        if scale > 1:
+            # What is finer than the photo is lost; what is left gets its power, as far as the budget lets it.
+            left_over, power = coarse, np.square(fine).mean()
             for _ in range(5):
                 gain = np.sqrt(power / max(np.square(coarse).mean(), 1e-6))
-                lost = lost * gain
-                coarse = lost.clip(-127, 127)
+                left_over = left_over * gain
+                coarse = left_over.clip(-127, 127)
         across, down = (
             np.clip((reach - np.abs(np.arange(part.start, part.stop) + 0.5 - middle)) / (0.05 * side), 0, 1)
             for part, middle in ((columns, x), (rows, y))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import portable_name, provenance
+from ..config import check_at_least_one, check_choices, portable_name, provenance
 from ..data import FaceCrops, PhotosConfig, load_faces
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
@@ -136,15 +136,13 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
                     )
         if not self.encoders and not self.surrogates:
             raise ValueError("expected encoders or surrogates to train against, got neither")
-        for name, known in (
-            ("timestep_weighting", ("none", "linear")),
-            ("noise", ("gaussian", "uniform")),
-            ("discriminator_input", ("protected", "preprocessed")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} {' or '.join(known)}, got {getattr(self, name)!r}")
-        if self.surrogate_learning_steps < 1:
-            raise ValueError(f"expected surrogate_learning_steps of at least 1, got {self.surrogate_learning_steps}")
+        check_choices(
+            self,
+            timestep_weighting=("none", "linear"),
+            noise=("gaussian", "uniform"),
+            discriminator_input=("protected", "preprocessed"),
+        )
+        check_at_least_one(self, "surrogate_learning_steps")
         if isinstance(self.stages, str) and self.stages not in STAGES:
             raise ValueError(f"expected stages {', '.join(STAGES)} or a list, got {self.stages!r}")
         stages = self.schedule

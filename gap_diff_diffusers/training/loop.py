@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..config import check_at_least_one, check_choices
 from ..data import save_grid
 from ..images import write_atomically
 
@@ -68,11 +69,9 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"expected mixed_precision 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
-        for name in ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected a {name} of at least 1, got {getattr(self, name)}")
+        check_choices(self, mixed_precision=("no", "bf16", "fp16"))
+        counts = ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
+        check_at_least_one(self, *counts)
 
 
 class TrainingLoop(ABC):
