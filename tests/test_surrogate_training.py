@@ -24,6 +24,7 @@ from gap_diff_diffusers.training.surrogate import (
 )
 
 ROOT = Path(__file__).parents[1]
+ASTRONAUT = ROOT / "gap_diff_diffusers" / "examples" / "astronaut.png"
 TINY = {
     "resolution": 64,
     "vae_channels": (8, 8, 8, 8),
@@ -281,6 +282,36 @@ def test_the_denoiser_learns_both_predictions(photos, tmp_path):
         assert trainer.pipeline.scheduler.config.prediction_type == prediction_type
 
 
+def test_the_last_timestep_can_be_noise_alone(photos, tmp_path):
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_gamma": 5.0}
+    trainer = DenoiserTrainer(
+        make_config(photos, tmp_path, **changes), AutoencoderTrainer(make_config(photos, tmp_path)).vae
+    )
+    assert trainer.scheduler.alphas_cumprod[-1] < 1e-6
+    trainer.pipeline.save_pretrained(tmp_path / "model")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert torch.allclose(pipeline.scheduler.alphas_cumprod, trainer.scheduler.alphas_cumprod, atol=1e-6)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps[0] == 999
+    losses = [trainer.training_step(torch.Generator().manual_seed(seed))["loss"] for seed in range(30)]
+    assert np.isfinite(losses).all()
+    assert trainer.sample(1).isfinite().all()
+
+
+def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
+    with pytest.raises(ValueError, match=r"expected photos to learn.*no face was found"):
+        DenoiserTrainer(
+            make_config(photos, tmp_path, face_scale=2.0), AutoencoderTrainer(make_config(photos, tmp_path)).vae
+        )
+    with_face = [photos / f"{index}.png" for index in (0, 2, 4)]  # the first of all photos is held out
+    for path in with_face:
+        Image.open(ASTRONAUT).crop((60, 0, 380, 320)).save(path)
+    config = make_config(photos, tmp_path, face_scale=2.0)
+    trainer = DenoiserTrainer(config, AutoencoderTrainer(config).vae)
+    assert len(trainer.latents) + len(trainer.held_out) == 2 * len(with_face)  # and their mirror images
+    assert trainer.left_out == 13 - len(with_face)
+
+
 def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(TINY))
@@ -336,6 +367,8 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     [
         ({"resolution": 60}, "multiple of 8"),
         ({"prediction_type": "sample"}, "prediction_type"),
+        ({"rescale_betas_zero_snr": True}, "v_prediction"),
+        ({"face_scale": 0.5}, "face_scale"),
         ({"distillation_weight": 1.0}, "feature_encoders"),
         ({"response_weight": 1.0}, "feature_encoders"),
     ],

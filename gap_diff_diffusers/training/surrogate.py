@@ -27,7 +27,7 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import portable_name, provenance, write_json
+from ..config import check_choices, portable_name, provenance, write_json
 from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
@@ -111,8 +111,13 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         attention_heads: of the denoiser and of the text encoder.
         text_channels: width of the text encoder.
         text_layers: of the text encoder.
+        face_scale: the denoiser learns squares around faces that a detector (the extra `metrics`) finds, so many times
+            as wide as the box it draws, and leaves out photos without; None for the top middle of all photos.
         prediction_type: "epsilon" or "v_prediction".
-        snr_gamma: losses are weighted by min(SNR, this) / SNR (Min-SNR, arXiv 2303.09556); 0 for equal weights.
+        rescale_betas_zero_snr: whether the last timestep is noise alone, as sampling begins with (arXiv 2305.08891);
+            needs "v_prediction".
+        snr_gamma: losses are weighted by min(SNR, this) / SNR, or / (SNR + 1) for "v_prediction" (Min-SNR, arXiv
+            2303.09556); 0 for equal weights.
         num_validation_images: held-out faces to validate the autoencoder on, and samples to draw.
     """
 
@@ -146,7 +151,9 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     attention_heads: int = 4
     text_channels: int = 128
     text_layers: int = 2
+    face_scale: float | None = None
     prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False
     snr_gamma: float = 5.0
     train_batch_size: int = 24
     learning_rate: float = 8e-4
@@ -159,8 +166,11 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         for name in ("resolution", "vae_crop_size"):
             if getattr(self, name) % factor:
                 raise ValueError(f"expected a {name} that is a multiple of {factor}, got {getattr(self, name)}")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"expected prediction_type 'epsilon' or 'v_prediction', got {self.prediction_type!r}")
+        check_choices(self, prediction_type=("epsilon", "v_prediction"))
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError("expected prediction_type 'v_prediction' with rescale_betas_zero_snr, got 'epsilon'")
+        if self.face_scale is not None and not 1 <= self.face_scale <= 10:
+            raise ValueError(f"expected a face_scale from 1 to 10, got {self.face_scale}")
         for name in ("distillation_weight", "response_weight"):
             if getattr(self, name) and not self.feature_encoders:
                 raise ValueError(f"expected feature_encoders to distill, got none; or set {name} to 0")
@@ -318,11 +328,21 @@ class DenoiserTrainer(TrainingLoop):
         super().__init__(config, {"denoiser": network})
         self.device = self.accelerator.device
         self.vae.to(self.device)
-        self.scheduler = DDPMScheduler(**SCHEDULE, prediction_type=config.prediction_type)
+        self.scheduler = DDPMScheduler(**self.schedule)
         train, held_out = split_held_out(photos)
         self.latents, self.captions = self._encode_all(train)
         self.held_out, self.held_out_captions = self._encode_all(held_out)
         self.left_out = len(photos) - (len(self.latents) + len(self.held_out)) // 2
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The noise schedule as diffusers' schedulers are told it."""
+        config = self.config
+        return SCHEDULE | {
+            "prediction_type": config.prediction_type,
+            "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+            "timestep_spacing": "trailing" if config.rescale_betas_zero_snr else "leading",
+        }
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -332,7 +352,7 @@ class DenoiserTrainer(TrainingLoop):
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, prediction_type=self.config.prediction_type),
+            scheduler=DDIMScheduler(**self.schedule, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -392,8 +412,7 @@ class DenoiserTrainer(TrainingLoop):
         losses = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         if self.config.snr_gamma:
             snr = compute_snr(self.scheduler, timesteps)
-            weights = snr.clamp(max=self.config.snr_gamma) / snr
-            losses = losses * (weights * snr / (snr + 1) if target is not noise else weights)
+            losses = losses * snr.clamp(max=self.config.snr_gamma) / (snr if target is noise else snr + 1)
         return losses.mean()
 
     def _encode_text(self, captions: list[str]) -> torch.Tensor:
@@ -410,21 +429,24 @@ class DenoiserTrainer(TrainingLoop):
     def _encode_all(self, photos: list[tuple[Source, str | None]]) -> tuple[torch.Tensor, list[str | None]]:
         """Posteriors of the faces and of their mirror images, mean and standard deviation one after the other.
 
-        And their captions. Unreadable photos are left out.
+        And their captions. Unreadable photos are left out, and those without a face if `face_scale` wants one.
         """
-        posteriors, captions = [], []
+        posteriors, captions, left_out = [], [], Counter()
         for source, caption in photos:
             try:
-                image = load_face(source, self.config.resolution)
+                image = load_face(source, self.config.resolution, self.config.face_scale)
             except PhotoError as error:
-                logger.warning("left out: %s", error)
+                left_out[str(error)] += 1
                 continue
             pair = torch.stack([image, image.flip(2)]).to(self.device)
             posterior = self.vae.encode(pair * 2 - 1).latent_dist
             posteriors.append(torch.cat([posterior.mean, posterior.std], dim=1).cpu())
             captions += [caption, caption]
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))
         if not posteriors:
-            raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
+            raise ValueError(f"expected photos to learn, got none among {len(photos)}: {reasons}")
+        if left_out:
+            logger.warning("left out %d of %d photos: %s", left_out.total(), len(photos), reasons)
         return torch.cat(posteriors), captions
 
 
