@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .config import table
+
 JPEG_QUALITY = 70
 SIZE = 512
 LEVELS = 8
@@ -180,12 +182,6 @@ def _to_8_bits(images):
 def mean_psnr(clean, moved) -> float:
     """Mean PSNR in dB of images (N,3,H,W) in [0,1]."""
     return (-10 * (moved - clean).square().mean(dim=(1, 2, 3)).log10()).mean().item()
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A titled markdown table."""
-    lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def report(arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[dict], str]) -> int:

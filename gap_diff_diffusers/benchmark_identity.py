@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .benchmark_displacement import JPEG_QUALITY, LEVELS, SIZE, add_output_argument, check_output, report, table
+from .benchmark_displacement import JPEG_QUALITY, LEVELS, SIZE, add_output_argument, check_output, report
+from .config import table
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from .benchmark_displacement import (
     published_displacement,
     report,
     spread,
-    table,
 )
+from .config import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

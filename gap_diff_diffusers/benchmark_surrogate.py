@@ -16,8 +16,8 @@ from .benchmark_displacement import (
     pgd,
     report,
     spread,
-    table,
 )
+from .config import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ import argparse
 import statistics
 import time
 
-from .benchmark_displacement import add_output_argument, check_output, report, table
+from .benchmark_displacement import add_output_argument, check_output, report
+from .config import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

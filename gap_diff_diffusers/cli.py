@@ -14,6 +14,8 @@ from . import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "protect": ("protect", "protect photos: files in, protected files out"),
+    "attack": ("attack", "personalize a model on photos of a person, and draw what it has learned"),
+    "evaluate": ("evaluate", "look for a person in generated pictures, and at how good they are"),
     "convert": ("convert", "turn the weights released with the paper into a checkpoint of this package"),
     "benchmark": ("benchmark", "measure on this machine what the README states"),
 }

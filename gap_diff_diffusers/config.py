@@ -13,6 +13,11 @@ from typing import Any
 
 from . import __version__
 
+ATTACK_RECORD = "attack.json"
+"""What `gap-diff attack` writes last: it says that the folder is whole."""
+PICTURES = "pictures"
+"""Where it writes what was drawn, below its folder."""
+
 LIBRARIES = ("torch", "diffusers", "kornia", "numpy", "pillow", "safetensors")
 
 
@@ -129,3 +134,9 @@ def write_json(path: str | os.PathLike, data: object) -> None:
     from .images import write_atomically
 
     write_atomically(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """A titled markdown table."""
+    lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"

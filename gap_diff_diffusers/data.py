@@ -138,6 +138,24 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
     return photos
 
 
+def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
+    """Photos, and all that folders hold, whole: (3,H,W) float32 in [0,1] each. Unreadable ones are left out.
+
+    Raises:
+        ValueError: a folder without photos, or none that can be read.
+    """
+    images = []
+    for given in map(Path, paths):
+        for path in list_photos([given]) if given.is_dir() else [given]:
+            try:
+                images.append(to_tensor(Image.fromarray(read_photo(path).pixels)))
+            except PhotoError as error:
+                logger.warning("left out: %s", error)
+    if not images:
+        raise ValueError(f"expected photos that can be read, got none in {', '.join(map(str, paths))}")
+    return images
+
+
 def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
     """Split into photos to train on and photos held out: the first of every ten, in the order given.
 
@@ -179,6 +197,11 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """An image (3,H,W) in [0,1] as a PIL image."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def load_face(source: Source, size: int, face_scale: float | None = None) -> torch.Tensor:
     """The `face_square` of a photo at one size: (3,size,size) float32 in [0,1]."""
     return to_tensor(face_square(source, face_scale).resize((size, size), Image.Resampling.LANCZOS))
@@ -207,7 +230,7 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -
     width = max(row.shape[2] for row in rows)
     grid = torch.cat([F.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+    to_pil(grid).save(path)
 
 
 class FaceCrops:

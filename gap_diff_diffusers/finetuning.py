@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -67,6 +68,11 @@ class DreamBoothConfig:
     guidance_scale: float = 7.5
     seed: int = 0
 
+    @property
+    def text_rate(self) -> float:
+        """The learning rate of what is trained in the text encoder."""
+        return self.learning_rate if self.text_learning_rate is None else self.text_learning_rate
+
     def __post_init__(self):
         check_choices(self, train_text_encoder=("no", "token", "yes"), mixed_precision=("no", "bf16", "fp16"))
         counts = ("resolution", "max_train_steps", "train_batch_size", "prior_batch_size", "num_class_images")
@@ -95,6 +101,8 @@ FACE_MODEL_ATTACK = DreamBoothConfig(
 
 class DreamBooth:
     """One personalization of a surrogate, in place: its denoiser, and as configured its text encoders.
+
+    Personalizations that learn less, or other weights, override `parameter_groups`.
 
     Args:
         surrogate: its weights change, and stay changed. All are made float32.
@@ -132,13 +140,11 @@ class DreamBooth:
         self.class_posteriors = self._encode(class_images) if config.prior_loss_weight else None
         self.prompts = [config.instance_prompt] + [config.class_prompt] * bool(config.prior_loss_weight)
         self.generator = torch.Generator().manual_seed(config.seed)
-        groups = [{"params": list(surrogate.denoiser.parameters())}]
-        text = self._text_parameters()
-        if text:
-            decay = 0.0 if config.train_text_encoder == "token" else config.adam_weight_decay
-            rate = config.learning_rate if config.text_learning_rate is None else config.text_learning_rate
-            groups.append({"params": text, "lr": rate, "weight_decay": decay})
+        self.token_rows: list[tuple[nn.Parameter, list[int]]] = []
+        groups = self.parameter_groups()
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        text = {id(parameter) for encoder in surrogate.text_encoders for parameter in encoder.parameters()}
+        self.learns_text = any(id(parameter) in text for parameter in self.parameters)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         with torch.no_grad():
@@ -157,8 +163,8 @@ class DreamBooth:
         with self._learning():
             with self._autocast():
                 embedding = self.embedding
-                if config.train_text_encoder != "no":
-                    embedding = self.surrogate.encode_prompt(self.prompts)
+                if self.learns_text:
+                    embedding = self.surrogate.encode_prompt(self.draw_prompts())
                 losses = self.surrogate.latent_denoising_loss(
                     latents.to(self.device),
                     _repeat(embedding, counts),
@@ -170,7 +176,7 @@ class DreamBooth:
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        for weight, rows in self._token_rows:
+        for weight, rows in self.token_rows:
             rest = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
             rest[rows] = False
             weight.grad[rest] = 0
@@ -188,25 +194,44 @@ class DreamBooth:
         steps = tqdm(range(self.config.max_train_steps), desc="DreamBooth", disable=not progress)
         return [self.step() for _ in steps]
 
-    def _text_parameters(self) -> list[nn.Parameter]:
-        """What learns in the text encoders."""
-        self._token_rows: list[tuple[nn.Parameter, list[int]]] = []
-        if self.config.train_text_encoder == "no":
-            return []
-        if self.config.train_text_encoder == "yes":
-            return [parameter for encoder in self.surrogate.text_encoders for parameter in encoder.parameters()]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What learns, as optimizers take it. Of the embeddings in `token_rows` only those rows learn."""
+        config = self.config
+        groups: list[dict[str, Any]] = [{"params": list(self.surrogate.denoiser.parameters())}]
+        if config.train_text_encoder == "yes":
+            encoders = self.surrogate.text_encoders
+            weights = [parameter for encoder in encoders for parameter in encoder.parameters()]
+            groups.append({"params": weights, "lr": config.text_rate})
+        elif config.train_text_encoder == "token":
+            groups.append(self.token_group(config.rare_token))
+        return groups
+
+    def draw_prompts(self) -> list[str]:
+        """What the model is told in one step: of the photos, then of pictures of the class if there are any."""
+        return self.prompts
+
+    def finish(self) -> None:
+        """What is left to do after the last step; nothing here."""
+
+    def token_group(self, token: str) -> dict[str, Any]:
+        """A word's embedding in every text encoder, as a group of parameters; without decay, as others' rows stay.
+
+        Raises:
+            ValueError: the word is several tokens.
+        """
         components = self.surrogate.pipeline.components
         for suffix in ("", "_2", "_3"):
             tokenizer, encoder = components.get("tokenizer" + suffix), components.get("text_encoder" + suffix)
             if encoder is not None:
-                rows = tokenizer(self.config.rare_token, add_special_tokens=False).input_ids
+                rows = tokenizer(token, add_special_tokens=False).input_ids
                 if len(rows) != 1 and "CLIP" in type(tokenizer).__name__:
                     raise ValueError(
-                        f"expected a rare_token that is one token, got {self.config.rare_token!r}, which is "
-                        f"{len(rows)}; choose another word, or train_text_encoder yes"
+                        f"expected a rare_token that is one token, got {token!r}, which is {len(rows)}; choose "
+                        "another word, or train_text_encoder yes"
                     )
-                self._token_rows.append((encoder.get_input_embeddings().weight, rows))
-        return [weight for weight, _ in self._token_rows]
+                self.token_rows.append((encoder.get_input_embeddings().weight, rows))
+        weights = [weight for weight, _ in self.token_rows]
+        return {"params": weights, "lr": self.config.text_rate, "weight_decay": 0.0}
 
     @contextlib.contextmanager
     def _learning(self) -> Iterator[None]:
@@ -237,6 +262,32 @@ class DreamBooth:
             means.append(mean.cpu())
             deviations.append(deviation.cpu())
         return torch.cat(means), torch.cat(deviations)
+
+
+@torch.no_grad()
+def add_token(pipeline: DiffusionPipeline, token: str, initializer_token: str) -> None:
+    """Give the pipeline's CLIP tokenizers and text encoders a new word that begins with another word's embedding.
+
+    Raises:
+        ValueError: the word is known already, or the other one is not one token.
+    """
+    for suffix in ("", "_2"):
+        tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+        encoder = getattr(pipeline, f"text_encoder{suffix}", None)
+        if encoder is None or "CLIP" not in type(tokenizer).__name__:
+            continue
+        first = tokenizer(initializer_token, add_special_tokens=False).input_ids
+        if len(first) != 1:
+            raise ValueError(
+                f"expected an initializer_token that is one token, got {initializer_token!r}, which is {len(first)}"
+            )
+        if len(tokenizer(token, add_special_tokens=False).input_ids) == 1 or not tokenizer.add_tokens(token):
+            raise ValueError(f"expected a rare_token that is new to the tokenizer, got {token!r}; choose another")
+        rows = max(len(tokenizer), encoder.get_input_embeddings().num_embeddings)
+        encoder.resize_token_embeddings(rows, mean_resizing=False)
+        weight = encoder.get_input_embeddings().weight
+        weight.requires_grad_(False)
+        weight[tokenizer.convert_tokens_to_ids(token)] = weight[first[0]]
 
 
 @torch.no_grad()

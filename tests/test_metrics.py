@@ -58,7 +58,7 @@ def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):
 
 
 def test_a_distance_at_the_threshold_is_another_person():
-    found = IdentityResult(distances=[0.6, 0.59, None, 0.9], single=3)
+    found = IdentityResult(distances=[0.6, 0.59, None, 0.9], cosines=[0.9, 0.9, None, 0.8], single=3)
     assert found.match_rate == 0.25 and found.detection_failure_rate == 0.25
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("finetuning",),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3
     ("pipelines",),  # 4
-    ("hub", "report", "convert", "protect"),  # 4b: subcommands, which use the pipelines
+    ("attack", "convert", "evaluate", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines
     ("benchmark",),  # 4c: measures them
     ("cli",),  # 5
     ("__main__",),

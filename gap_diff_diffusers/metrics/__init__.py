@@ -1,1 +1,12 @@
-"""What a person sees when someone tries: is there a face in the generated pictures, and whose?"""
+"""What is measured: the generated pictures, and what protection costs."""
+
+from ..registry import Registry
+
+METRICS = Registry(
+    "metric",
+    {
+        "brisque": f"{__name__}.quality:Brisque",
+        "identity": f"{__name__}.identity:DlibIdentity",
+    },
+)
+"""Measurements of generated pictures: classes of `metrics.base.Metric`."""

@@ -9,6 +9,7 @@ for: a distance under 0.6 (http://dlib.net/face_recognition.py.html). Its models
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,12 @@ import numpy as np
 import torch
 
 from ..faces import import_dlib
+from .base import Metric, MetricResult
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.6
+LESS, MORE = "less like the person", "more like the person"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,12 @@ class IdentityResult:
 
     Attributes:
         distances: per picture, of its largest face from the nearest face of the reference; None without a face.
+        cosines: per picture, of its largest face and the mean of the reference's faces; None without a face.
         single: how many pictures have exactly one face.
     """
 
     distances: list[float | None]
+    cosines: list[float | None]
     single: int
 
     @property
@@ -83,10 +90,20 @@ class DlibFaces:
         return [np.array(self._network.compute_face_descriptor(pixels, self._landmarks(pixels, box))) for box in boxes]
 
     def reference(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
-        """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has."""
+        """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has.
+
+        It warns if a face is like none of the others: these may be several people.
+        """
         known = [faces[0] for photo in photos if (faces := self.embeddings(photo))]
         if not known:
             raise ValueError(f"expected a face in the reference, found none in {len(photos)} photos")
+        others = [
+            min(float(np.linalg.norm(face - other)) for other in known if other is not face)
+            for face in known
+            if len(known) > 1
+        ]
+        if strangers := sum(distance >= THRESHOLD for distance in others):
+            logger.warning("%d of %d faces are like none of the others: several people?", strangers, len(known))
         return known
 
     def compare(self, images: Sequence[torch.Tensor], known: Sequence[np.ndarray]) -> IdentityResult:
@@ -94,10 +111,42 @@ class DlibFaces:
         if not len(images):
             raise ValueError("expected pictures to compare, got none")
         distances: list[float | None] = []
-        single = 0
+        cosines: list[float | None] = []
+        mean, single = np.mean(known, axis=0), 0
         for image in images:
             faces = self.embeddings(image)
             single += len(faces) == 1
             nearest = min(float(np.linalg.norm(faces[0] - face)) for face in known) if faces else None
             distances.append(nearest)
-        return IdentityResult(distances=distances, single=single)
+            lengths = np.linalg.norm(faces[0]) * np.linalg.norm(mean) if faces else 1.0
+            cosines.append(float(faces[0] @ mean / lengths) if faces else None)
+        return IdentityResult(distances=distances, cosines=cosines, single=single)
+
+
+class DlibIdentity(Metric):
+    """FDFR, ISM, and the share that is recognised, by `DlibFaces`.
+
+    FDFR and ISM as GAP-Diff's evaluation has them (section V), with other networks: ISM is the cosine of
+    a picture's embedding and the mean of the reference's. A picture without a face counts for FDFR, is not recognised,
+    and has no ISM; "ISM, none as 0" is the released code's way, in which a picture without a face counts as one of
+    somebody else.
+    """
+
+    def __init__(self):
+        self.faces = DlibFaces()
+
+    def __call__(self, images: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[MetricResult]:
+        known = self.faces.reference(reference)
+        found = self.faces.compare(images, known)
+        missing = [distance is None for distance in found.distances]
+        figures = (
+            ("FDFR", [float(value) for value in missing], LESS, True),
+            ("recognised", [float(d is not None and d < THRESHOLD) for d in found.distances], MORE, True),
+            ("ISM", found.cosines, MORE, False),
+            ("ISM, none as 0", [cosine or 0.0 for cosine in found.cosines], MORE, False),
+            ("distance", found.distances, LESS, False),
+        )
+        return [
+            MetricResult(name=name, values=list(values), higher_means=means, backend="dlib", percent=percent)
+            for name, values, means, percent in figures
+        ]

@@ -1,0 +1,17 @@
+"""What is done to published photos: a text-to-image model is made to learn the person on them.
+
+Every entry of `ATTACKERS` is an `attackers.base.Attacker`: a surrogate and photos in, a pipeline of diffusers out.
+"""
+
+from ..registry import Registry
+
+ATTACKERS = Registry(
+    "attacker",
+    {
+        "custom-diffusion": f"{__name__}.custom_diffusion:CustomDiffusionAttacker",
+        "dreambooth": f"{__name__}.dreambooth:DreamBoothAttacker",
+        "lora": f"{__name__}.lora:LoRAAttacker",
+        "svdiff": f"{__name__}.svdiff:SVDiffAttacker",
+        "textual-inversion": f"{__name__}.textual_inversion:TextualInversionAttacker",
+    },
+)

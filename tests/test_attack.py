@@ -1,0 +1,146 @@
+"""`gap-diff attack` and `gap-diff evaluate`, end to end: a tiny model, real face recognition."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from test_benchmark_identity import model  # noqa: F401
+from test_metrics import ASTRONAUT
+
+from gap_diff_diffusers.attackers import ATTACKERS
+from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.metrics import METRICS
+from gap_diff_diffusers.metrics.base import Metric, MetricResult
+
+QUICK = ["resolution=64", "max_train_steps=1", "num_class_images=2", "num_inference_steps=2"]
+
+
+@pytest.fixture
+def person(tmp_path):
+    folder = tmp_path / "person"
+    folder.mkdir()
+    photo = Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 356, 256))
+    for index in range(3):
+        photo.resize((256 + 20 * index, 256)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_attack_writes_pictures_a_sheet_and_how_they_were_made(model, person, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    command = ["attack", str(person), "-o", str(out), "--model", model, "--count", "2", "--set", *QUICK]
+    assert main([*command, "--prompts", "a photo of sks person", "a dslr portrait of sks person", "--save-model"]) == 0
+    names = sorted(path.name for path in (out / "pictures").iterdir())
+    assert names == ["0-0000.png", "0-0001.png", "1-0000.png", "1-0001.png"]
+    assert all(Image.open(out / "pictures" / name).size == (64, 64) for name in names)
+    assert Image.open(out / "contact_sheet.png").size == (3 * 64, 3 * 64)  # the photos, and a row for each prompt
+    record = json.loads((out / "attack.json").read_text())
+    assert record["config"]["max_train_steps"] == 1 and record["photos"] == 3 and record["model"] == "model"
+    assert str(tmp_path) not in (out / "attack.json").read_text()
+    assert StableDiffusionPipeline.from_pretrained(out / "model")
+
+
+def test_attack_is_repeatable_and_other_photos_give_other_pictures(model, person, photos, tmp_path):  # noqa: F811
+    pictures = []
+    for index, folder in enumerate((person, person, photos)):
+        out = tmp_path / f"out{index}"
+        options = ["--count", "1", "--set", *QUICK, "learning_rate=0.01"]
+        assert main(["attack", str(folder), "-o", str(out), "--model", model, *options]) == 0
+        pictures.append(np.asarray(Image.open(out / "pictures" / "0-0000.png")))
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
+
+
+@pytest.mark.parametrize("method", sorted(ATTACKERS))
+def test_attack_offers_every_method(model, person, tmp_path, method):  # noqa: F811
+    command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--method", method]
+    assert main([*command, "--count", "1", "--set", *QUICK, "--save-model"]) == 0
+    assert (tmp_path / "out" / "attack.json").is_file() and any((tmp_path / "out" / "model").iterdir())
+
+
+def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    base = ["attack", str(person), "--model", model, "-o", str(tmp_path / "out")]
+    for command, message in (
+        ([*base, "--set", "steps=3"], "max_train_steps"),
+        ([*base, "--set", "max_train_steps=many"], "expected --set with values of the settings' types"),
+        ([*base, "--set", "max_train_steps=0"], "max_train_steps of at least 1"),
+        ([*base, "--preset", "medium"], "weak, strong"),
+        ([*base, "--count", "0"], "--count"),
+        (["attack", str(tmp_path / "empty"), *base[2:]], "found none"),
+        (["attack", str(tmp_path / "missing.png"), *base[2:]], "got none in"),
+        ([*base[:-1], str(photos)], "new or empty folder"),
+        ([*base[:3], str(tmp_path / "nowhere"), *base[4:]], "nowhere"),
+        ([*base[:3], str(tmp_path / "model" / "vae"), *base[4:]], "text-to-image model"),
+    ):
+        assert main(command) == 2, command
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_tells_the_person_from_others(person, tmp_path, capsys):
+    nobody = tmp_path / "nobody"
+    nobody.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(2):
+        Image.fromarray(random.integers(0, 255, (128, 128, 3), dtype=np.uint8)).save(nobody / f"{index}.png")
+    command = ["evaluate", str(person), str(nobody), "--reference", str(person)]
+    assert main([*command, "--output", str(tmp_path / "figures.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| person | 3 |") and "| 0% | 100% | 1.00 | 1.00 | 0.00 |" in line for line in lines)
+    assert any(line.startswith("| nobody | 2 |") and "| 100% | 0% | none | 0.00 | none |" in line for line in lines)
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["reference_photos"] == 3 and [row["pictures"] for row in record["rows"]] == [3, 2]
+    assert main([*command, "--output", str(tmp_path / "figures.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
+    assert [row["generated"] for row in rows] == ["person"] * 3 + ["nobody"] * 2
+    assert rows[0]["FDFR"] == "0.0" and rows[4]["distance"] == ""
+
+
+def test_evaluate_reads_what_attack_drew_and_warns_if_swapped(model, person, tmp_path, caplog):  # noqa: F811
+    out = tmp_path / "out"
+    assert main(["attack", str(person), "-o", str(out), "--model", model, "--count", "2", "--set", *QUICK]) == 0
+    output = tmp_path / "figures.json"
+    command = ["evaluate", str(out), "--reference", str(person), "--metrics", "identity", "--output", str(output)]
+    assert main(command) == 0
+    assert json.loads(output.read_text())["rows"][0]["pictures"] == 2  # neither the sheet nor the photos on it
+    assert "swapped" not in caplog.text
+    main(["evaluate", str(person), "--reference", str(out), "--metrics", "brisque"])
+    assert "swapped" in caplog.text
+
+
+def test_what_evaluate_refuses(person, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for command, message in (
+        (["evaluate", str(tmp_path / "none"), "--reference", str(person)], "folders of generated pictures"),
+        (["evaluate", str(tmp_path / "empty"), "--reference", str(person)], "found none"),
+        (["evaluate", str(person), "--reference", str(person), "--output", "figures.txt"], "FILE.csv"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_metrics_depend_on_each_picture_alone(name, person):
+    metric = METRICS.load(name)()
+    assert isinstance(metric, Metric)
+    photo = torch.from_numpy(np.array(Image.open(person / "0.png"))).permute(2, 0, 1) / 255
+    images = [photo, photo.flip(2), torch.full((3, 64, 64), 0.5), photo * 0.5]
+    results = metric(images, [photo])
+    backwards = metric(images[::-1], [photo])
+    for result, other in zip(results, backwards):
+        assert isinstance(result, MetricResult) and len(result.values) == 4
+        assert result.values == other.values[::-1]
+        assert result.values == next(r for r in metric(images, [photo]) if r.name == result.name).values
+
+
+def test_brisque_rises_with_noise_and_is_undefined_without_texture(person):
+    brisque = METRICS.load("brisque")()
+    photo = torch.from_numpy(np.array(Image.open(person / "0.png"))).permute(2, 0, 1) / 255
+    noisy = photo + 0.1 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
+    (result,) = brisque([photo, noisy, torch.zeros(3, 64, 64), photo[:, :16, :16]])
+    assert result.values[1] > result.values[0] + 10
+    assert result.values[2:] == [None, None]

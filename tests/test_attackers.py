@@ -1,0 +1,178 @@
+"""Every attacker on a tiny model: what learns and what does not, and that diffusers loads what it saves."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from test_finetuning import changed, weights
+from torch import nn
+from torch.nn.utils import parametrize
+
+from gap_diff_diffusers.attackers import ATTACKERS
+from gap_diff_diffusers.attackers.base import Attacker
+from gap_diff_diffusers.attackers.svdiff import SingularValueShift
+from gap_diff_diffusers.finetuning import DreamBoothConfig, generate_images
+
+SETTINGS = {
+    "resolution": 64,
+    "max_train_steps": 3,
+    "num_class_images": 2,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+    "learning_rate": 0.05,
+}
+LEARNS = {  # what of the denoiser's names, and of the text encoder's, may change; nothing else does
+    "custom-diffusion": ((".attn2.to_",), ("token_embedding",)),
+    "dreambooth": (("",), ("",)),
+    "lora": (("lora_",), ()),
+    "svdiff": (("",), ("",)),
+    "textual-inversion": ((), ("token_embedding",)),
+}
+
+
+@pytest.fixture(params=sorted(ATTACKERS))
+def attacker(request) -> Attacker:
+    return ATTACKERS.load(request.param)(**SETTINGS)
+
+
+def learned_names(model, before):
+    """The parameters that are new or other than before; those that LoRA moved below a layer keep their names."""
+    return {
+        name
+        for name, value in model.named_parameters()
+        if not torch.equal(value, before.get(name.replace(".base_layer", ""), value.new_empty(0)))
+    }
+
+
+def prompt_of(attacker):
+    return attacker.config.instance_prompt
+
+
+def draw(pipeline, prompt):
+    return generate_images(pipeline, prompt, 1, resolution=64, num_inference_steps=2, progress=False)
+
+
+def attack(attacker, surrogate, images):
+    return attacker(surrogate, images, class_images=images.flip(3), progress=False)
+
+
+def test_the_table_names_every_attacker():
+    assert set(LEARNS) == set(ATTACKERS)
+
+
+def test_only_what_the_method_names_learns(attacker, surrogate, images):
+    (name,) = [name for name in ATTACKERS if ATTACKERS.load(name) is type(attacker)]
+    original = copy.deepcopy(surrogate)
+    pipeline = attack(attacker, surrogate, images)
+    assert not changed(pipeline.vae, weights(original.vae))
+    for ours, before, allowed in (
+        (pipeline.unet, original.denoiser, LEARNS[name][0]),
+        (pipeline.text_encoder, original.pipeline.text_encoder, LEARNS[name][1]),
+    ):
+        learned = learned_names(ours, weights(before))
+        assert bool(learned) == bool(allowed)
+        assert all(any(part in key for part in allowed) for key in learned), learned
+        assert not any(parameter.requires_grad for parameter in ours.parameters())
+    assert not any(parametrize.is_parametrized(module) for module in pipeline.unet.modules())
+
+
+def test_a_new_word_is_all_that_changes_in_the_embedding(surrogate, images):
+    for name in ("textual-inversion", "custom-diffusion"):
+        model = copy.deepcopy(surrogate)
+        before = model.pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+        attacker = ATTACKERS.load(name)(**SETTINGS)
+        pipeline = attack(attacker, model, images)
+        after = pipeline.text_encoder.get_input_embeddings().weight
+        row = pipeline.tokenizer.convert_tokens_to_ids(attacker.config.rare_token)
+        first = pipeline.tokenizer.convert_tokens_to_ids("person</w>")
+        assert torch.equal(after[: len(before)], before) and row >= len(before)
+        assert (after[row] - before[first]).abs().max() > 0.01
+
+
+def test_a_seed_decides_on_everything(attacker, surrogate, images):
+    first, again = (attack(attacker, copy.deepcopy(surrogate), images) for _ in range(2))
+    assert torch.equal(draw(first, prompt_of(attacker)), draw(again, prompt_of(attacker)))
+
+
+def test_diffusers_loads_what_is_saved(attacker, surrogate, images, tmp_path):
+    surrogate.pipeline.save_pretrained(tmp_path / "model")
+    prompt = prompt_of(attacker)
+    clean = draw(surrogate.pipeline, "a photo of a person")
+    drawn = draw(attack(attacker, surrogate, images), prompt)
+    attacker.save(surrogate.pipeline, tmp_path / "saved")
+    if (tmp_path / "saved" / "model_index.json").is_file():
+        loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    else:
+        loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        torch.testing.assert_close(draw(loaded, "a photo of a person"), clean, atol=1e-4, rtol=0)
+        if (tmp_path / "saved" / "pytorch_lora_weights.safetensors").is_file():
+            loaded.load_lora_weights(tmp_path / "saved")
+        else:
+            loaded.load_textual_inversion(tmp_path / "saved" / "learned_embeds.safetensors")
+    torch.testing.assert_close(draw(loaded, prompt), drawn, atol=1e-4, rtol=0)
+
+
+def test_lora_learns_the_text_encoder_too(surrogate, images, tmp_path):
+    surrogate.pipeline.save_pretrained(tmp_path / "model")
+    attacker = ATTACKERS.load("lora")(**SETTINGS | {"train_text_encoder": "yes", "text_learning_rate": 0.05})
+    drawn = draw(attack(attacker, surrogate, images), prompt_of(attacker))
+    attacker.save(surrogate.pipeline, tmp_path / "saved")
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    loaded.load_lora_weights(tmp_path / "saved")
+    torch.testing.assert_close(draw(loaded, prompt_of(attacker)), drawn, atol=1e-4, rtol=0)
+    assert any("lora_" in name for name, _ in loaded.text_encoder.named_parameters())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 10), nn.Conv2d(4, 6, 3)])
+def test_singular_values_start_at_the_weight_and_never_turn_negative(layer):
+    shift = SingularValueShift(layer.weight)
+    torch.testing.assert_close(shift(layer.weight), layer.weight, atol=1e-5, rtol=0)
+    shift.shift.data[:] = -1e3
+    assert shift(layer.weight).abs().max() == 0
+    shift.shift.data[:] = 1.0
+    values = torch.linalg.svdvals(shift(layer.weight).flatten(1))
+    torch.testing.assert_close(values, torch.linalg.svdvals(layer.weight.flatten(1)) + 1, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKERS))
+def test_presets_are_named_and_settings_change_them(name):
+    attacker = ATTACKERS.load(name)
+    assert {"weak", "strong"} <= set(attacker.presets)
+    assert all(isinstance(preset, attacker.config_class) for preset in attacker.presets.values())
+    assert attacker("strong", seed=7).config.seed == 7
+    assert attacker("strong").config.max_train_steps == attacker.presets["strong"].max_train_steps
+    with pytest.raises(ValueError, match="weak, strong"):
+        attacker("medium")
+    with pytest.raises(TypeError, match="steps"):
+        attacker(steps=3)
+
+
+def test_the_papers_attacker_is_the_weak_dreambooth():
+    config = ATTACKERS.load("dreambooth")().config
+    assert config == DreamBoothConfig() and config.learning_rate == 5e-7 and config.max_train_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("lora", {"rank": 0}, "rank"),
+        ("textual-inversion", {"templates": ("a photo",)}, "templates"),
+        ("textual-inversion", {"prior_loss_weight": 1.0}, "prior_loss_weight 0"),
+        ("custom-diffusion", {"freeze_model": "none"}, "freeze_model"),
+        ("custom-diffusion", {"train_text_encoder": "no"}, "train_text_encoder"),
+    ],
+)
+def test_settings_that_do_not_work_are_named(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ATTACKERS.load(name)(**changes)
+
+
+def test_words_that_do_not_work_are_named(surrogate, images):
+    for changes, message in (
+        ({"rare_token": "sks", "instance_prompt": "a photo of sks"}, "new to the tokenizer, got 'sks'"),
+        ({"initializer_token": "xyzzy"}, "initializer_token that is one token, got 'xyzzy'"),
+    ):
+        attacker = ATTACKERS.load("textual-inversion")(**SETTINGS | changes)
+        with pytest.raises(ValueError, match=message):
+            attack(attacker, copy.deepcopy(surrogate), images)
