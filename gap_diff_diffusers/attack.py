@@ -4,13 +4,16 @@ A copy of a text-to-image model learns the person on the photos, in this process
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .attackers import ATTACKERS
-from .config import ATTACK_RECORD, PICTURES
+from .config import ATTACK_RECORD, BUNDLED, PICTURES, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", choices=sorted(ATTACKERS), default="dreambooth", help="how the model learns (default: dreambooth)"
     )
-    parser.add_argument("--model", required=True, metavar="FOLDER|ID", help="text-to-image model to personalize")
+    parser.add_argument(
+        "--model",
+        default=BUNDLED,
+        metavar="FOLDER|ID",
+        help="text-to-image model to personalize (default: the small face model that ships)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--preset", default="weak", help="named settings of the method (default: weak)")
+    parser.add_argument(
+        "--preset", help="named settings of the method (default: face-model for the model that ships, else weak)"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -47,39 +57,40 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, draw, write: OUT/pictures/, OUT/contact_sheet.png, OUT/attack.json, and OUT/model/ if asked for."""
     from dataclasses import asdict
 
-    import torch
-
     from .config import portable_name, provenance, write_json
     from .data import read_images, save_grid, to_pil
     from .finetuning import generate_images
-    from .surrogates import load_surrogate
-    from .surrogates.base import DiffusionSurrogate
 
-    output = Path(arguments.output)
+    output = Path(arguments.output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {output}")
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
+    preset = arguments.preset or ("face-model" if arguments.model == BUNDLED else "weak")
+    attacker = make_attacker(arguments.method, preset, arguments.set)
+    digest = attacker.script_digest(attacker.config)
+    if arguments.save_model:
+        attacker.check_saving()
     photos = read_images(arguments.photos)
     class_photos = read_images([arguments.class_images]) if arguments.class_images else None
-    attacker = make_attacker(arguments.method, arguments.preset, arguments.set)
     config = attacker.config
     squares = _squares(photos, config.resolution)
     class_images = None if class_photos is None else _squares(class_photos, config.resolution)
-    surrogate = load_surrogate(arguments.model, revision=arguments.revision)
-    if not isinstance(surrogate, DiffusionSurrogate) or not len(surrogate.text_encoders):
-        raise ValueError(f"{arguments.model}: expected a text-to-image model with a text encoder, got none")
-    surrogate.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    surrogate = load_victim(arguments.model, arguments.device, revision=arguments.revision)
     if len(squares) < 3:
         logger.warning("%d photos: most attacks on people need at least three or four", len(squares))
     _look_for_people(photos)
-    started = time.perf_counter()
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name, memory_errors():
+        folder = Path(name) / output.name
+        (folder / PICTURES).mkdir(parents=True)
+        started = time.perf_counter()
         pipeline = attacker(surrogate, squares, class_images=class_images)
         trained = time.perf_counter()
         prompts = arguments.prompts or [config.instance_prompt]
-        drawn = [
-            generate_images(
+        rows = [squares]
+        for index, prompt in enumerate(prompts):
+            pictures = generate_images(
                 pipeline,
                 prompt,
                 arguments.count,
@@ -88,40 +99,69 @@ def run(arguments: argparse.Namespace) -> int:
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
             )
-            for prompt in prompts
-        ]
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"out of memory on {surrogate.denoiser.device} ({str(error).splitlines()[0]}); lower it with --set "
-            "mixed_precision=bf16 train_batch_size=1 prior_batch_size=1 or a smaller resolution, or use --method lora"
-        ) from error
-    finished = time.perf_counter()
-    (output / PICTURES).mkdir(parents=True)
-    for index, pictures in enumerate(drawn):
-        for offset, picture in enumerate(pictures):
-            name = f"{index}-{config.seed + offset:04d}.png"
-            to_pil(picture).save(output / PICTURES / name)
-    rows = [squares, *(pictures[:16] for pictures in drawn)]
-    columns = min(8, max(map(len, rows)))
-    save_grid(torch.cat([_fill(row, columns) for row in rows]), output / "contact_sheet.png", columns)
-    if arguments.save_model:
-        attacker.save(pipeline, output / "model")
-    record = {
-        "method": arguments.method,
-        "preset": arguments.preset,
-        "config": asdict(config),
-        "model": portable_name(arguments.model),
-        "revision": arguments.revision,
-        "photos": len(squares),
-        "prompts": prompts,
-        "count": arguments.count,
-        "seconds": {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)},
-        "device": str(surrogate.denoiser.device),
-        "versions": provenance(),
-    }
-    write_json(output / ATTACK_RECORD, record)  # last: it says that the folder is whole
+            for offset, picture in enumerate(pictures):
+                to_pil(picture).save(folder / PICTURES / f"{index}-{config.seed + offset:04d}.png")
+            rows.append(pictures[:16])
+        finished = time.perf_counter()
+        columns = min(8, max(map(len, rows)))
+        save_grid(_fill_rows(rows, columns), folder / "contact_sheet.png", columns)
+        if arguments.save_model:
+            attacker.save(pipeline, folder / "model")
+        record = {
+            "method": arguments.method,
+            "preset": preset,
+            "config": asdict(config) | ({"diffusers_examples": digest} if digest else {}),
+            "model": portable_name(arguments.model),
+            "revision": arguments.revision,
+            "photos": len(squares),
+            "class_images": portable_name(arguments.class_images),
+            "prompts": prompts,
+            "count": arguments.count,
+            "seconds": {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)},
+            "device": str(surrogate.denoiser.device),
+            "versions": provenance(),
+        }
+        write_json(folder / ATTACK_RECORD, record)
+        if output.is_dir():
+            output.rmdir()  # it is empty
+        folder.rename(output)
     logger.info("wrote %s", output)
     return 0
+
+
+def load_victim(model: str, device: str | None = None, *, revision: str | None = None):
+    """The surrogate of a text-to-image model, on a device (default: cuda if there is one, else cpu).
+
+    Raises:
+        ValueError: it is none, or the device cannot be used.
+    """
+    from .surrogates import load_surrogate
+    from .surrogates.base import DiffusionSurrogate
+
+    device = choose_device(device)
+    surrogate = load_surrogate(model, revision=revision)
+    if not isinstance(surrogate, DiffusionSurrogate) or not len(surrogate.text_encoders):
+        raise ValueError(f"{model}: expected a text-to-image model with a text encoder, got none")
+    with memory_errors():
+        return surrogate.to(device)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Inside, running out of memory, on any device, is an OSError that says what to lower."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        telling = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in text.lower() for words in telling):
+            raise
+        raise OSError(
+            f"out of memory ({text.splitlines()[0]}); lower it with --set mixed_precision=bf16 train_batch_size=1 "
+            "prior_batch_size=1 or a smaller resolution, or use --method lora"
+        ) from error
 
 
 def make_attacker(method: str, preset: str, changes: list[str]):
@@ -139,10 +179,7 @@ def make_attacker(method: str, preset: str, changes: list[str]):
             values[name] = text
         if isinstance(values[name], list):
             values[name] = tuple(values[name])
-    try:
-        return attacker(preset, **values)
-    except TypeError as error:
-        raise ValueError(f"expected --set with values of the settings' types, got {' '.join(changes)}") from error
+    return attacker(preset, **values)
 
 
 def _look_for_people(photos: list) -> None:
@@ -166,9 +203,9 @@ def _squares(images: list, resolution: int):
     return torch.cat([center_square(image[None], resolution) for image in images])
 
 
-def _fill(images, columns: int):
-    """White pictures after the last, to the end of its row."""
+def _fill_rows(rows: list, columns: int):
+    """Pictures one after the other, each of these rows filled up with white ones to the end of its last line."""
     import torch
 
-    missing = -len(images) % columns
-    return torch.cat([images, torch.ones(missing, *images.shape[1:])])
+    filled = [torch.cat([row, torch.ones(-len(row) % columns, *row.shape[1:])]) for row in rows]
+    return torch.cat(filled)

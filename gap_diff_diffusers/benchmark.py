@@ -9,7 +9,8 @@ import importlib
 
 BENCHMARKS = {  # name: (module, what it measures)
     "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
-    "identity": ("benchmark_identity", "what DreamBooth learns of people, from clean and from protected photos"),
+    "run": ("benchmark_run", "protect, publish, attack, draw and look for the person, cell by cell"),
+    "report": ("benchmark_report", "the cells of such a run as tables"),
     "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),
     "surrogate": ("benchmark_surrogate", "whether a face model draws faces, and can be misled as real ones can"),
     "training": ("benchmark_training", "steps a second of training, beside a loop like the released code's"),

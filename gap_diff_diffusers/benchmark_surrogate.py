@@ -17,13 +17,16 @@ from .benchmark_displacement import (
     report,
     spread,
 )
-from .config import table
+from .config import BUNDLED, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER|ID", help="text-to-image model, or an AutoencoderKL alone"
+        "--model",
+        default=BUNDLED,
+        metavar="FOLDER|ID",
+        help="text-to-image model, or an AutoencoderKL alone (default: the face model that ships)",
     )
     parser.add_argument("--resolution", type=int, default=256, help="side of its pictures (default: %(default)s)")
     parser.add_argument("--count", type=int, default=16, help="held-out photos for PGD (default: %(default)s)")

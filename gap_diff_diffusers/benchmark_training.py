@@ -11,12 +11,17 @@ import statistics
 import time
 
 from .benchmark_displacement import add_output_argument, check_output, report
-from .config import table
+from .config import BUNDLED, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="folders of portraits")
-    parser.add_argument("--model", required=True, metavar="FOLDER|ID", help="text-to-image model")
+    parser.add_argument(
+        "--model",
+        default=BUNDLED,
+        metavar="FOLDER|ID",
+        help="text-to-image model (default: the face model that ships)",
+    )
     parser.add_argument("--train_batch_size", type=int, default=2, help="photos a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, after one (default: %(default)s)")
     add_output_argument(parser)

@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module, what it does)
     "protect": ("protect", "protect photos: files in, protected files out"),
     "attack": ("attack", "personalize a model on photos of a person, and draw what it has learned"),
     "evaluate": ("evaluate", "look for a person in generated pictures, and at how good they are"),
+    "fetch-attackers": ("fetch", "download diffusers' example scripts, for gap-diff attack --method official:..."),
     "convert": ("convert", "turn the weights released with the paper into a checkpoint of this package"),
     "benchmark": ("benchmark", "measure on this machine what the README states"),
 }

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 from . import __version__
 
+BUNDLED = "bundled"
+"""The name of the small face model that ships with the package, wherever a model is asked for."""
 ATTACK_RECORD = "attack.json"
 """What `gap-diff attack` writes last: it says that the folder is whole."""
 PICTURES = "pictures"
@@ -54,6 +57,8 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     values = json.loads(Path(path).read_text()) if path else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object of settings, got {type(values).__name__}")
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
@@ -83,11 +88,40 @@ def check_at_least_one(config: object, *names: str) -> None:
             raise ValueError(f"expected {name} of at least 1, got {value}")
 
 
+def check_types(config: object) -> None:
+    """ValueError if a number, a word or a flag among the settings is something else; whole numbers are floats, too."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        known = tuple(kind for kind in typing.get_args(hint) or (hint,) if kind in (str, int, float, bool, type(None)))
+        if not known or typing.get_origin(hint) is tuple:
+            continue
+        fits = type(value) in known or (type(value) is int and float in known)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in known)
+            raise ValueError(f"expected {field.name} of type {expected}, got {value!r}")
+
+
 def portable_name(value: str | None) -> str | None:
     """What a record says of a file, folder or Hub id: the last part of a path on this machine, an id as it is."""
     if value is None or not (Path(value).is_absolute() or Path(value).exists()):
         return value
     return Path(value).resolve().name
+
+
+def choose_device(device: str | None = None) -> str:
+    """This device, or cuda if there is one, else cpu; ValueError for one that cannot be used here."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {device} cannot be used here ({reason}); leave --device out to use what there is"
+        ) from error
+    return device
 
 
 def provenance() -> dict:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     for folder in arguments.generated:
         images = read_images([_pictures(Path(folder))])
         results = [result for metric in metrics for result in metric(images, reference)]
-        rows.append({"generated": Path(folder).resolve().name, "pictures": len(images), "results": results})
+        rows.append({"generated": folder, "pictures": len(images), "results": results})
     sys.stdout.write(to_markdown(rows))
     if output:
         _write(output, rows, len(reference))
@@ -80,8 +80,8 @@ def _warn_of_swapping(generated: list[str], reference: list[str]) -> None:
 
 
 def _pictures(folder: Path) -> Path:
-    """Where the pictures are in a folder: below it, if `gap-diff attack` wrote it, as other things are there, too."""
-    return folder / PICTURES if (folder / ATTACK_RECORD).is_file() else folder
+    """Where the pictures are in a folder that `gap-diff attack` wrote: other pictures are there, too."""
+    return folder / PICTURES if (folder / PICTURES).is_dir() else folder
 
 
 def _has_record(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from .budget import budget_levels, largest_change
-from .config import provenance, write_json
+from .config import choose_device, provenance, write_json
 from .images import (
     JPEG_QUALITY,
     PHOTO_SUFFIXES,
@@ -223,19 +223,12 @@ def load_pipeline(checkpoint: str | None = None, device: str | None = None):
     Raises:
         ValueError: a device that is not there, or a checkpoint that cannot be loaded.
     """
-    import torch
     from diffusers.utils import logging
 
     from .pipelines.pipeline_gap_diff import GAPDiffProtectionPipeline
 
     logging.disable_progress_bar()  # a network of some megabytes is there at once
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"--device {device} cannot be used here ({_first_line(error)}); leave --device out to use what there is"
-        ) from error
+    device = choose_device(device)
     try:
         if checkpoint is None:
             pipeline = GAPDiffProtectionPipeline.from_bundled()

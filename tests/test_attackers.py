@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from test_finetuning import changed, weights
+from test_surrogates_diffusion import flux, sd3, sdxl
 from torch import nn
 from torch.nn.utils import parametrize
 
+from gap_diff_diffusers import load_surrogate
 from gap_diff_diffusers.attackers import ATTACKERS
 from gap_diff_diffusers.attackers.base import Attacker
 from gap_diff_diffusers.attackers.svdiff import SingularValueShift
@@ -22,16 +24,17 @@ SETTINGS = {
     "guidance_scale": 1.0,
     "learning_rate": 0.05,
 }
+IN_PROCESS = sorted(name for name in ATTACKERS if not name.startswith("official:"))
 LEARNS = {  # what of the denoiser's names, and of the text encoder's, may change; nothing else does
     "custom-diffusion": ((".attn2.to_",), ("token_embedding",)),
     "dreambooth": (("",), ("",)),
     "lora": (("lora_",), ()),
-    "svdiff": (("",), ("",)),
+    "svdiff": ((".weight",), (".weight",)),
     "textual-inversion": ((), ("token_embedding",)),
 }
 
 
-@pytest.fixture(params=sorted(ATTACKERS))
+@pytest.fixture(params=IN_PROCESS)
 def attacker(request) -> Attacker:
     return ATTACKERS.load(request.param)(**SETTINGS)
 
@@ -58,11 +61,11 @@ def attack(attacker, surrogate, images):
 
 
 def test_the_table_names_every_attacker():
-    assert set(LEARNS) == set(ATTACKERS)
+    assert set(LEARNS) == set(IN_PROCESS)
 
 
 def test_only_what_the_method_names_learns(attacker, surrogate, images):
-    (name,) = [name for name in ATTACKERS if ATTACKERS.load(name) is type(attacker)]
+    (name,) = [name for name in IN_PROCESS if ATTACKERS.load(name) is type(attacker)]
     original = copy.deepcopy(surrogate)
     pipeline = attack(attacker, surrogate, images)
     assert not changed(pipeline.vae, weights(original.vae))
@@ -124,6 +127,75 @@ def test_lora_learns_the_text_encoder_too(surrogate, images, tmp_path):
     assert any("lora_" in name for name, _ in loaded.text_encoder.named_parameters())
 
 
+@pytest.mark.parametrize("make", [sd3, flux])
+@pytest.mark.parametrize("name", ["svdiff", "dreambooth"])
+def test_transformers_are_attacked_too(make, name, images, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    surrogate = load_surrogate(tmp_path / "model")
+    before = weights(surrogate.denoiser)
+    attack(ATTACKERS.load(name)(**SETTINGS | {"resolution": 32, "learning_rate": 0.01}), surrogate, images)
+    assert changed(surrogate.denoiser, before)
+
+
+def test_the_subject_is_what_follows_the_rare_word():
+    for prompt, subject in (("a photo of sks person", "sks person"), ("portrait of sks man", "sks man")):
+        assert DreamBoothConfig(instance_prompt=prompt).subject == subject
+
+
+@pytest.mark.parametrize("make", [sdxl, sd3, flux])
+def test_what_lora_saves_of_larger_models_loads_whole(make, images, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = make()
+    pipeline.save_pretrained(tmp_path / "model")
+    surrogate = load_surrogate(tmp_path / "model")
+    settings = SETTINGS | {"resolution": 32, "train_text_encoder": "yes", "text_learning_rate": 0.05}
+    attacker = ATTACKERS.load("lora")(**settings)
+    attacked = attack(attacker, surrogate, images)
+    attacker.save(attacked, tmp_path / "saved")
+    loaded = type(attacked).from_pretrained(tmp_path / "model")
+    loaded.load_lora_weights(tmp_path / "saved")
+    for name, model in attacked.components.items():
+        if isinstance(model, nn.Module):
+            adapters, others = adapters_of(model), adapters_of(getattr(loaded, name))
+            assert bool(adapters) == (name != "vae" and "T5" not in type(model).__name__), name
+            assert set(adapters) == set(others)
+            assert all(torch.allclose(value, others[key]) for key, value in adapters.items())
+
+
+def adapters_of(model):
+    """The weights of LoRA, by layer and side, whatever their adapter is called."""
+    found = {}
+    for key, value in model.named_parameters():
+        layer, lora, rest = key.partition(".lora_")
+        if lora:
+            found[layer, rest[0]] = value
+    return found
+
+
+def test_textual_inversion_is_for_clip(images, tmp_path):
+    sd3().save_pretrained(tmp_path / "model")
+    attacker = ATTACKERS.load("textual-inversion")(**SETTINGS | {"resolution": 32})
+    with pytest.raises(ValueError, match="T5EncoderModel too; use lora"):
+        attack(attacker, load_surrogate(tmp_path / "model"), images)
+
+
+def test_svdiff_shifts_every_kind_of_weight(surrogate, images):
+    before = {name: value.detach().clone() for name, value in surrogate.named_parameters()}
+    attack(ATTACKERS.load("svdiff")(**SETTINGS | {"vector_learning_rate": 0.05}), surrogate, images)
+    learned = learned_names(surrogate, before)
+    for part in ("conv_in.weight", "attn2.to_k.weight", "conv_norm_out.weight", "token_embedding.weight"):
+        assert any(part in name for name in learned), part
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_leaves_the_shifted_weight_exact(dtype):
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    shift = SingularValueShift(weight)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        torch.testing.assert_close(shift(weight), weight, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(6, 10), nn.Conv2d(4, 6, 3)])
 def test_singular_values_start_at_the_weight_and_never_turn_negative(layer):
     shift = SingularValueShift(layer.weight)
@@ -135,10 +207,10 @@ def test_singular_values_start_at_the_weight_and_never_turn_negative(layer):
     torch.testing.assert_close(values, torch.linalg.svdvals(layer.weight.flatten(1)) + 1, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(ATTACKERS))
+@pytest.mark.parametrize("name", IN_PROCESS)
 def test_presets_are_named_and_settings_change_them(name):
     attacker = ATTACKERS.load(name)
-    assert {"weak", "strong"} <= set(attacker.presets)
+    assert set(attacker.presets) == {"weak", "strong", "face-model"}
     assert all(isinstance(preset, attacker.config_class) for preset in attacker.presets.values())
     assert attacker("strong", seed=7).config.seed == 7
     assert attacker("strong").config.max_train_steps == attacker.presets["strong"].max_train_steps

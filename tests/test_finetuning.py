@@ -82,6 +82,13 @@ def test_it_learns_the_photos(surrogate, images):
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
+def test_the_learning_rate_ends_as_its_schedule_says(surrogate, images):
+    for lr_scheduler, end in (("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)):
+        run = DreamBooth(copy.deepcopy(surrogate), images, DreamBoothConfig(**SETTINGS, lr_scheduler=lr_scheduler))
+        run.train(progress=False)
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(end * SETTINGS["learning_rate"], abs=1e-9)
+
+
 def test_a_seed_decides_on_everything(surrogate, images):
     runs = []
     for seed in (0, 0, 1):
@@ -123,6 +130,9 @@ def test_photos_of_any_shape_become_squares():
         ({"train_text_encoder": "some"}, "train_text_encoder"),
         ({"mixed_precision": "fp8"}, "mixed_precision"),
         ({"max_train_steps": 0}, "max_train_steps"),
+        ({"lr_scheduler": "step"}, "lr_scheduler"),
+        ({"learning_rate": "high"}, "learning_rate of type float"),
+        ({"max_train_steps": 2.0}, "max_train_steps of type int"),
         ({"instance_prompt": "a photo of a person"}, "'sks'"),
     ],
 )

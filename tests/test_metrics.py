@@ -12,7 +12,7 @@ import gap_diff_diffusers
 from gap_diff_diffusers.data import face_square, load_face
 from gap_diff_diffusers.faces import find_faces
 from gap_diff_diffusers.images import PhotoError
-from gap_diff_diffusers.metrics.identity import DlibFaces, IdentityResult
+from gap_diff_diffusers.metrics.identity import DlibFaces, DlibIdentity, _count_people
 
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
 
@@ -30,12 +30,10 @@ def face():
 def test_a_person_is_recognised_and_a_picture_without_a_face_is_not(faces, face):
     noisy = face + 0.05 * torch.randn(face.shape, generator=torch.Generator().manual_seed(0))
     nothing = torch.full_like(face, 0.5)
-    found = faces.compare([face, face.flip(2), noisy, nothing], faces.reference([face]))
-    assert found.distances[0] == pytest.approx(0, abs=1e-6)
-    assert 0 < found.distances[1] < 0.6 and 0 < found.distances[2] < 0.6
-    assert found.distances[3] is None
-    assert found.single == 3
-    assert found.match_rate == 0.75 and found.detection_failure_rate == 0.25 and found.single_face_rate == 0.75
+    distances, cosines = faces.compare([face, face.flip(2), noisy, nothing], faces.reference([face]))
+    assert distances[0] == pytest.approx(0, abs=1e-6) and cosines[0] == pytest.approx(1, abs=1e-6)
+    assert 0 < distances[1] < 0.6 and 0 < distances[2] < 0.6 and 0.8 < cosines[1] < 1
+    assert distances[3] is None and cosines[3] is None
 
 
 def test_the_largest_of_several_faces_counts(faces, face):
@@ -47,7 +45,6 @@ def test_the_largest_of_several_faces_counts(faces, face):
     (large,), (dark,) = faces.embeddings(face), faces.embeddings(torch.nn.functional.pad(0.2 * small, (64,) * 4))
     assert np.linalg.norm(first - large) < np.linalg.norm(first - dark)
     assert np.linalg.norm(second - dark) < np.linalg.norm(second - large)
-    assert faces.compare([both], faces.reference([face])).single == 0
 
 
 def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):
@@ -57,9 +54,18 @@ def test_a_reference_or_pictures_that_are_missing_are_errors(faces, face):
         faces.compare([], faces.reference([face]))
 
 
-def test_a_distance_at_the_threshold_is_another_person():
-    found = IdentityResult(distances=[0.6, 0.59, None, 0.9], cosines=[0.9, 0.9, None, 0.8], single=3)
-    assert found.match_rate == 0.25 and found.detection_failure_rate == 0.25
+def test_every_way_of_counting_what_is_undefined(face):
+    results = {r.name: r for r in DlibIdentity()([face, torch.full_like(face, 0.5)], [face])}
+    assert results["FDFR"].values == [0, 1] and results["FDFR"].mean == 0.5
+    assert results["recognised"].values == [1, 0]
+    assert results["ISM"].values[1] is None and results["ISM"].mean == pytest.approx(1, abs=1e-6)
+    assert results["ISM, all"].mean == pytest.approx(0.5, abs=1e-6)
+
+
+def test_people_are_groups_of_faces_that_are_alike():
+    faces = [np.array([x, 0.0]) for x in (0.0, 0.5, 1.0, 5.0, 5.5)]
+    assert _count_people(faces) == 2  # 0 and 1 are apart, but 0.5 is like both
+    assert _count_people(faces[:3]) == 1 and _count_people(faces[::2]) == 3
 
 
 def test_faces_are_found_in_the_photos_own_pixels():

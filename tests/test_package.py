@@ -24,14 +24,14 @@ LAYERS = (
     ("finetuning",),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3
     ("pipelines",),  # 4
-    ("attack", "convert", "evaluate", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines
+    ("attack", "convert", "evaluate", "fetch", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines
     ("benchmark",),  # 4c: measures them
     ("cli",),  # 5
     ("__main__",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Data that lies in the package, and the package itself: its names are lazy strings, its imports none.
-OUTSIDE = {"checkpoints", "docs", "examples", "__init__"}
+OUTSIDE = {"benchmarks", "checkpoints", "docs", "examples", "__init__"}
 
 
 def unit(module: str) -> str:

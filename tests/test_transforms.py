@@ -16,6 +16,7 @@ from gap_diff_diffusers.transforms import (
     PRESETS,
     PUBLISHING,
     TRANSFORMS,
+    AdverseCleaner,
     Compose,
     DifferentiableJPEG,
     GaussianBlur,
@@ -456,3 +457,19 @@ def test_registry_names_what_there_is():
 def test_registry_does_not_import_torch():
     check = "import sys, gap_diff_diffusers.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_cleaning_takes_a_perturbation_away_and_leaves_edges():
+    clean = torch.full((1, 3, 40, 40), 0.3)
+    clean[..., 20:] = 0.8
+    signs = torch.randint(0, 2, clean.shape, generator=generator()) * 2 - 1
+    moved = clean + 8 / 255 * signs
+    cleaned = AdverseCleaner()(moved)
+    assert (cleaned - clean).square().mean() < 0.3 * (moved - clean).square().mean()
+    edge = cleaned[..., 22].mean() - cleaned[..., 17].mean()
+    assert edge == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(AdverseCleaner(0, 0)(moved), moved)
+    with pytest.raises(ValueError, match="bilateral_steps"):
+        AdverseCleaner(-1)
+    with pytest.raises(ValueError, match="sides above 4"):
+        AdverseCleaner()(moved[..., :4])

@@ -60,6 +60,14 @@ class Attacker(ABC):
             FloatingPointError: the training diverges.
         """
 
+    @classmethod
+    def script_digest(cls, config: Any) -> str | None:
+        """Of the program that attacks, if it is none of this package; ValueError if it is missing."""
+        return None
+
+    def check_saving(self) -> None:  # noqa: B027 - most can always be saved
+        """ValueError if what these settings make could not be saved."""
+
     def save(self, pipeline: DiffusionPipeline, folder: str | Path) -> None:
         """Write what was learned for diffusers to load; here the whole pipeline."""
         pipeline.save_pretrained(folder)

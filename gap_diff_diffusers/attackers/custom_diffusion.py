@@ -1,7 +1,8 @@
 """Custom Diffusion (CVPR 2023, arXiv 2212.04488): cross-attention of the UNet and the embedding of a new word learn.
 
 Differences from diffusers' `train_custom_diffusion.py`: the weights learn in place, without attention processors of
-their own, so that the result is an ordinary pipeline; pictures of the class are the model's own, not from the web.
+their own, so that the result is an ordinary pipeline; pictures of the class are the model's own, not from the web; no
+augmentation; the new word begins as "person", there as "ktn".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..config import check_choices
-from ..finetuning import DreamBooth, DreamBoothConfig, add_token
+from ..finetuning import FACE_MODEL_SETTINGS, DreamBooth, DreamBoothConfig, add_token
 from .base import TrainingAttacker
 
 LAYERS = {"crossattn_kv": ("to_k", "to_v"), "crossattn": ("to_q", "to_k", "to_v", "to_out")}
@@ -31,7 +32,7 @@ class CustomDiffusionConfig(DreamBoothConfig):
     initializer_token: str = "person"
     freeze_model: str = "crossattn"
     train_text_encoder: str = "token"
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     max_train_steps: int = 1000
 
     def __post_init__(self):
@@ -65,7 +66,9 @@ class CustomDiffusionAttacker(TrainingAttacker):
     config_class = CustomDiffusionConfig
     learning = CustomDiffusion
     presets: ClassVar = {
-        # The README of diffusers' example: objects and people; 5e-6 and 1e-5 scaled by a batch of 2.
-        "weak": CustomDiffusionConfig(freeze_model="crossattn_kv", learning_rate=2e-5, max_train_steps=250),
+        # The README of diffusers' example, objects and people: 1e-5 and 5e-6 scaled by a batch of 2, doubled for the
+        # prior.
+        "weak": CustomDiffusionConfig(freeze_model="crossattn_kv", learning_rate=4e-5, max_train_steps=250),
         "strong": CustomDiffusionConfig(),
+        "face-model": CustomDiffusionConfig(**FACE_MODEL_SETTINGS, learning_rate=1e-3, text_learning_rate=4e-3),
     }

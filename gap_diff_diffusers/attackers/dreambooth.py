@@ -12,7 +12,7 @@ class DreamBoothAttacker(TrainingAttacker):
     presets: ClassVar = {
         # GAP-Diff's attacker (section V), as Anti-DreamBooth's and SimAC's.
         "weak": DreamBoothConfig(),
-        # APDM's attacker: the denoiser alone, at ten times the rate.
+        # The rate, steps and weights of APDM's attacker, with the batches of the weak one.
         "strong": DreamBoothConfig(learning_rate=5e-6, max_train_steps=800, train_text_encoder="no"),
         "face-model": FACE_MODEL_ATTACK,
     }

@@ -1,6 +1,7 @@
 """Textual inversion (ICLR 2023, arXiv 2208.01618): nothing but the embedding of a new word learns.
 
-Differences from diffusers' `textual_inversion.py`: one sentence per step for all photos, drawn from six instead of 27.
+Differences from diffusers' `textual_inversion.py`: one sentence per step for all photos, drawn from six instead of 27;
+photos are not mirrored; gradients are clipped; the word does not decay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 
-from ..finetuning import DreamBooth, DreamBoothConfig, add_token
+from ..finetuning import FACE_MODEL_SETTINGS, DreamBooth, DreamBoothConfig, add_token
 from .base import TrainingAttacker
 
 
@@ -60,12 +61,15 @@ class TextualInversion(DreamBooth):
     config: TextualInversionConfig
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        others = [type(e).__name__ for e in self.surrogate.text_encoders if "CLIP" not in type(e).__name__]
+        if others:
+            raise ValueError(f"expected CLIP's text encoders alone, got {', '.join(others)} too; use lora")
         add_token(self.surrogate.pipeline, self.config.rare_token, self.config.initializer_token)
         return [self.token_group(self.config.rare_token)]
 
     def draw_prompts(self) -> list[str]:
         which = torch.randint(0, len(self.config.templates), (1,), generator=self.generator).item()
-        return [self.config.templates[which].format(self.config.rare_token)]
+        return [self.config.templates[which].replace("{}", self.config.rare_token)]
 
 
 class TextualInversionAttacker(TrainingAttacker):
@@ -77,6 +81,7 @@ class TextualInversionAttacker(TrainingAttacker):
         # The README of diffusers' example: 5e-4, scaled by a batch of 1 and 4 steps of accumulation.
         "weak": TextualInversionConfig(),
         "strong": TextualInversionConfig(max_train_steps=5000),
+        "face-model": TextualInversionConfig(**FACE_MODEL_SETTINGS | {"learning_rate": 1e-2}),
     }
 
     def save(self, pipeline: DiffusionPipeline, folder: str | Path) -> None:

@@ -11,49 +11,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..faces import import_dlib
+from ..images import resize_pixels
 from .base import Metric, MetricResult
 
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.6
+LARGEST_SIDE = 1024
 LESS, MORE = "less like the person", "more like the person"
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityResult:
-    """What was found in some pictures of a person.
-
-    Attributes:
-        distances: per picture, of its largest face from the nearest face of the reference; None without a face.
-        cosines: per picture, of its largest face and the mean of the reference's faces; None without a face.
-        single: how many pictures have exactly one face.
-    """
-
-    distances: list[float | None]
-    cosines: list[float | None]
-    single: int
-
-    @property
-    def detection_failure_rate(self) -> float:
-        """FDFR: the share of the pictures without a face."""
-        return sum(distance is None for distance in self.distances) / len(self.distances)
-
-    @property
-    def match_rate(self) -> float:
-        """The share of all pictures that are recognised as the person."""
-        return sum(distance is not None and distance < THRESHOLD for distance in self.distances) / len(self.distances)
-
-    @property
-    def single_face_rate(self) -> float:
-        """The share of the pictures with exactly one face."""
-        return self.single / len(self.distances)
 
 
 class DlibFaces:
@@ -83,68 +54,87 @@ class DlibFaces:
     def embeddings(self, image: torch.Tensor) -> list[np.ndarray]:
         """The faces in an image (3,H,W) in [0,1], the largest first: one array (128,) each.
 
-        The image is scaled by two: faces from 40 px on are found, those of pictures of 256 px among them.
+        The image is scaled by two, after a bigger one was scaled down to `LARGEST_SIDE`: faces from 40 px on are
+        found, those of pictures of 256 px among them.
         """
         pixels = np.ascontiguousarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        if (scale := LARGEST_SIDE / max(pixels.shape[:2])) < 1:
+            pixels = resize_pixels(pixels, *(round(side * scale) for side in pixels.shape[:2]))
         boxes = sorted(self._detect(pixels, 1), key=lambda box: -box.area())
         return [np.array(self._network.compute_face_descriptor(pixels, self._landmarks(pixels, box))) for box in boxes]
 
     def reference(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has.
 
-        It warns if a face is like none of the others: these may be several people.
+        It warns if the faces fall into groups that are not alike: these may be several people.
         """
         known = [faces[0] for photo in photos if (faces := self.embeddings(photo))]
         if not known:
             raise ValueError(f"expected a face in the reference, found none in {len(photos)} photos")
-        others = [
-            min(float(np.linalg.norm(face - other)) for other in known if other is not face)
-            for face in known
-            if len(known) > 1
-        ]
-        if strangers := sum(distance >= THRESHOLD for distance in others):
-            logger.warning("%d of %d faces are like none of the others: several people?", strangers, len(known))
+        if (people := _count_people(known)) > 1:
+            logger.warning("the faces of %d photos may be of %d people", len(known), people)
         return known
 
-    def compare(self, images: Sequence[torch.Tensor], known: Sequence[np.ndarray]) -> IdentityResult:
-        """How near images (3,H,W) in [0,1] are to the person of `reference`; ValueError if there are none."""
+    def compare(
+        self, images: Sequence[torch.Tensor], known: Sequence[np.ndarray]
+    ) -> tuple[list[float | None], list[float | None]]:
+        """How near the largest face of each image (3,H,W) in [0,1] is to the person of `reference`.
+
+        Returns:
+            Distances from the nearest of the known faces, and cosines with their mean; None for images without a face.
+
+        Raises:
+            ValueError: no images.
+        """
         if not len(images):
             raise ValueError("expected pictures to compare, got none")
         distances: list[float | None] = []
         cosines: list[float | None] = []
-        mean, single = np.mean(known, axis=0), 0
+        mean = np.mean(known, axis=0)
         for image in images:
-            faces = self.embeddings(image)
-            single += len(faces) == 1
-            nearest = min(float(np.linalg.norm(faces[0] - face)) for face in known) if faces else None
-            distances.append(nearest)
-            lengths = np.linalg.norm(faces[0]) * np.linalg.norm(mean) if faces else 1.0
-            cosines.append(float(faces[0] @ mean / lengths) if faces else None)
-        return IdentityResult(distances=distances, cosines=cosines, single=single)
+            face = next(iter(self.embeddings(image)), None)
+            if face is None:
+                distances.append(None)
+                cosines.append(None)
+            else:
+                distances.append(min(float(np.linalg.norm(face - other)) for other in known))
+                cosines.append(float(face @ mean / (np.linalg.norm(face) * np.linalg.norm(mean))))
+        return distances, cosines
+
+
+def _count_people(faces: Sequence[np.ndarray]) -> int:
+    """How many groups there are, if faces nearer than the threshold belong together, and those between them, too."""
+    left, groups = list(range(len(faces))), 0
+    while left:
+        reached = [left.pop()]
+        groups += 1
+        while reached:
+            face = faces[reached.pop()]
+            near = [other for other in left if np.linalg.norm(face - faces[other]) < THRESHOLD]
+            left = [other for other in left if other not in near]
+            reached += near
+    return groups
 
 
 class DlibIdentity(Metric):
     """FDFR, ISM, and the share that is recognised, by `DlibFaces`.
 
-    FDFR and ISM as GAP-Diff's evaluation has them (section V), with other networks: ISM is the cosine of
-    a picture's embedding and the mean of the reference's. A picture without a face counts for FDFR, is not recognised,
-    and has no ISM; "ISM, none as 0" is the released code's way, in which a picture without a face counts as one of
-    somebody else.
+    FDFR and ISM are those of GAP-Diff's evaluation (section V), with another detector and another embedding: ISM is
+    the cosine of a picture's embedding and the mean of the reference's. A picture without a face counts for FDFR, is
+    not recognised, and has no ISM; "ISM, all" counts it as 0.
     """
 
     def __init__(self):
         self.faces = DlibFaces()
 
     def __call__(self, images: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[MetricResult]:
-        known = self.faces.reference(reference)
-        found = self.faces.compare(images, known)
-        missing = [distance is None for distance in found.distances]
+        distances, cosines = self.faces.compare(images, self.faces.reference(reference))
         figures = (
-            ("FDFR", [float(value) for value in missing], LESS, True),
-            ("recognised", [float(d is not None and d < THRESHOLD) for d in found.distances], MORE, True),
-            ("ISM", found.cosines, MORE, False),
-            ("ISM, none as 0", [cosine or 0.0 for cosine in found.cosines], MORE, False),
-            ("distance", found.distances, LESS, False),
+            ("FDFR", [float(distance is None) for distance in distances], LESS, True),
+            ("recognised", [float(d is not None and d < THRESHOLD) for d in distances], MORE, True),
+            ("ISM", cosines, MORE, False),
+            ("ISM, all", [cosine or 0.0 for cosine in cosines], MORE, False),
+            ("distance", distances, LESS, False),
         )
         return [
             MetricResult(name=name, values=list(values), higher_means=means, backend="dlib", percent=percent)

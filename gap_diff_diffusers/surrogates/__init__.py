@@ -16,12 +16,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..config import BUNDLED
 from ..registry import Registry
 from .base import PromptEmbedding, Surrogate
 from .ensemble import EnsembleSurrogate
 
 __all__ = [
-    "BUNDLED_AUTOENCODER",
+    "BUNDLED_FACE_MODEL",
     "DEFAULT_MODEL",
     "SURROGATES",
     "EnsembleSurrogate",
@@ -44,8 +45,8 @@ SURROGATES = Registry(
 """The `_class_name` that a saved pipeline or autoencoder states, and what loads it."""
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-BUNDLED_AUTOENCODER = Path(__file__).parents[1] / "checkpoints" / "face-autoencoder"
-"""The folder of the small `AutoencoderKL` that ships with the package: made to be misled as those of real models."""
+BUNDLED_FACE_MODEL = Path(__file__).parents[1] / "checkpoints" / "face-model"
+"""Where "bundled" is: a `StableDiffusionPipeline` whose autoencoder can be misled as those of real models."""
 _LIVING_MODELS = (
     f"{DEFAULT_MODEL} (the default), CompVis/stable-diffusion-v1-4, stabilityai/stable-diffusion-xl-base-1.0, "
     "stabilityai/stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev"
@@ -66,7 +67,8 @@ def load_surrogate(
     """Load a text-to-image pipeline or an autoencoder, frozen, as the surrogate of its kind.
 
     Args:
-        model: a folder, a Hub id, or the `.safetensors` file of a bare tiny encoder. safetensors only.
+        model: a folder, a Hub id, "bundled" for the face model that ships, or the `.safetensors` file of a bare tiny
+            encoder. safetensors only.
         subfolder: of an autoencoder, such as "vae" in a pipeline.
         revision: branch, tag or commit of a Hub id; pin the commit where a result must be repeatable.
         variant: such as "fp16", for weights in files of that name.
@@ -80,6 +82,8 @@ def load_surrogate(
         OSError: the Hub cannot be reached and the model is not in its cache.
         TypeError: an unknown option.
     """
+    if model == BUNDLED:
+        model = BUNDLED_FACE_MODEL
     is_file = Path(model).is_file()
     class_name = "AutoencoderTiny" if is_file else _read_class_name(model, subfolder, revision, token)
     if class_name not in SURROGATES:

@@ -11,11 +11,13 @@ from .base import Compose, Draw, Identity, RandomChoice, Transform
 from .filters import GaussianBlur, Quantize, RandomNoise, Resize, ResizeDownUp
 from .jpeg import DifferentiableJPEG, JPEGMask, RealJPEG, RealWebP
 from .publishing import PUBLISHING, Publish, PublishingPreset
+from .purification import AdverseCleaner
 
 __all__ = [
     "PRESETS",
     "PUBLISHING",
     "TRANSFORMS",
+    "AdverseCleaner",
     "Compose",
     "DifferentiableJPEG",
     "Draw",
@@ -38,6 +40,7 @@ __all__ = [
 TRANSFORMS = Registry(
     "transform",
     {
+        "adverse_cleaner": f"{__name__}.purification:AdverseCleaner",
         "differentiable_jpeg": f"{__name__}.jpeg:DifferentiableJPEG",
         "gaussian_blur": f"{__name__}.filters:GaussianBlur",
         "identity": f"{__name__}.base:Identity",

@@ -1,0 +1,199 @@
+"""`gap-diff benchmark report`: the cells of a benchmark as tables, with intervals over people."""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import table
+
+RESAMPLES = 2000
+CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification")
+"""What of a cell says what was done to the photos."""
+OF_PERSON = ("own_photos", "person", "photos", "seed")
+"""And what figures are averaged over."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", metavar="RESULTS", help="folder of cells that gap-diff benchmark run wrote")
+    parser.add_argument("--output", metavar="FOLDER", help="also write report.md and report.csv there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the tables, and write them if asked for."""
+    from .images import write_atomically
+
+    records = load_cells(arguments.results)
+    text = to_markdown(records)
+    sys.stdout.write(text)
+    if arguments.output:
+        folder = Path(arguments.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.md", text.encode())
+        write_atomically(folder / "report.csv", to_csv(records).encode())
+    return 0
+
+
+def load_cells(folder: str | Path) -> list[dict[str, Any]]:
+    """All cells in a folder, by name; ValueError if there is none, or a file that is something else."""
+    records = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            known = {"cell", "figures", "seconds"} <= set(record)
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{folder}: expected a folder with cells of gap-diff benchmark run, found none")
+    return records
+
+
+def to_markdown(records: list[dict[str, Any]]) -> str:
+    """A table for each model, attacker and prompt, a row for each condition: means over people, and their interval."""
+    photos = {(record["cell"]["person"], record["cell"]["photos"]) for record in records}
+    if len(photos) > len({person for person, _ in photos}):
+        counts = Counter(person for person, _ in photos)
+        people = ", ".join(sorted(person for person, count in counts.items() if count > 1))
+        raise ValueError(f"expected one set of photos a person, got several of {people}; delete the old cells")
+    records = sorted(records, key=lambda record: _title(record["cell"]))
+    groups = _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON))
+    titles = [_title(cells[0]["cell"]) for cells in groups.values()]
+    tables = []
+    for (setting, cells), title in zip(groups.items(), titles):
+        if titles.count(title) > 1:
+            title += f", settings {hashlib.sha256(setting.encode()).hexdigest()[:6]}"
+        figures = list(cells[0]["figures"])
+        conditions = _label(_grouped(cells, lambda record: json.dumps([record["cell"][key] for key in CONDITION])))
+        people = sorted({record["cell"]["person"] for record in cells})
+        rows = []
+        for condition, of_condition in conditions.items():
+            count = len({record["cell"]["person"] for record in of_condition})
+            rows.append([condition, str(count), *(_show(of_condition, figure) for figure in figures)])
+        title += f": mean over people (95 % interval, bootstrap over {len(people)} people)"
+        tables.append(table(title, ["photos", "people", *figures], rows))
+        if "recognised" in figures:
+            each = [
+                [condition, *(_of_person(of_condition, person, "recognised") for person in people)]
+                for condition, of_condition in conditions.items()
+            ]
+            tables.append(table("Recognised, each person", ["photos", *people], each))
+    parts = {name for record in records for name in record["seconds"]}
+    medians = {name: statistics.median(r["seconds"].get(name, 0) for r in records) for name in sorted(parts)}
+    note = "Seconds a cell, medians: " + ", ".join(f"{name} {value:.0f}" for name, value in medians.items())
+    memory = [record["peak_memory_gb"] for record in records if record["peak_memory_gb"] is not None]
+    note += f"; peak memory {max(memory):.1f} GB.\n" if memory else ".\n"
+    return "\n".join([*tables, note])
+
+
+def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each cell and figure."""
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    names = sorted({name for record in records for name in record["cell"]})
+    writer.writerow([*names, "figure", "mean", "pictures", "undefined"])
+    for record in records:
+        cell = record["cell"]
+        settings = [cell.get(name) for name in names]
+        settings = [json.dumps(value) if isinstance(value, dict | list) else value for value in settings]
+        for name, figure in record["figures"].items():
+            values = figure["values"]
+            mean = "" if figure["mean"] is None else figure["mean"]
+            writer.writerow([*settings, name, mean, len(values), values.count(None)])
+    return lines.getvalue()
+
+
+def describe(cell: Mapping[str, Any]) -> str:
+    """What was done to the photos, in words."""
+    parts = ["clean"] if cell["protection"] == "none" else [f"{cell['protection']}, {cell['levels']} levels"]
+    name = cell["protection_settings"].get("name", "bundled")
+    if name != "bundled":
+        parts[0] += f" ({name})"
+    parts += [_describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
+    return ", then ".join(parts)
+
+
+def _describe_transform(spec: Any) -> str:
+    if isinstance(spec, list):
+        return ", then ".join(map(_describe_transform, spec))
+    if isinstance(spec, str):
+        return spec
+    arguments = " ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']} {arguments}".strip()
+
+
+def bootstrap_interval(values: list[float], *, seed: int = 0) -> tuple[float, float] | None:
+    """The middle 95 % of the mean of values drawn anew from these; None for fewer than two."""
+    import numpy as np
+
+    if len(values) < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.asarray(values)[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def person_means(records: Iterable[Mapping[str, Any]], figure: str) -> dict[str, float]:
+    """The figure's mean over the seeds of every person that has it."""
+    means: dict[str, list[float]] = {}
+    for record in records:
+        mean = record["figures"].get(figure, {}).get("mean")
+        if mean is not None:
+            means.setdefault(record["cell"]["person"], []).append(mean)
+    return {person: sum(values) / len(values) for person, values in means.items()}
+
+
+def _show(records: list[dict[str, Any]], figure: str) -> str:
+    values = list(person_means(records, figure).values())
+    if not values:
+        return "none"
+    style = ".0%" if records[0]["figures"][figure]["percent"] else ".2f"
+    text = f"{sum(values) / len(values):{style}}"
+    if interval := bootstrap_interval(values):
+        text += f" ({interval[0]:{style}} to {interval[1]:{style}})"
+    people = {record["cell"]["person"] for record in records}
+    return text if len(values) == len(people) else f"{text}, {len(values)} of {len(people)} people"
+
+
+def _of_person(records: list[dict[str, Any]], person: str, figure: str) -> str:
+    mean = person_means(records, figure).get(person)
+    return "" if mean is None else f"{mean:.0%}"
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    attacker = f"{cell['method']} ({cell['preset']}) on {cell['model']}"
+    return f'{attacker}, {cell["count"]} pictures of "{cell["prompt"]}" a person and seed'
+
+
+def _without(cell: Mapping[str, Any], *names: str) -> str:
+    """A cell's settings but these, and but the attacker's seed."""
+    settings = {key: value for key, value in cell.items() if key not in names}
+    settings["attack"] = {key: value for key, value in cell["attack"].items() if key != "seed"}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _label(conditions: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Conditions by what they are called; those of one name get the beginning of their settings' hash."""
+    names = {key: describe(records[0]["cell"]) for key, records in conditions.items()}
+    called = list(names.values())
+    for key, name in names.items():
+        if called.count(name) > 1:
+            names[key] = f"{name} [{hashlib.sha256(key.encode()).hexdigest()[:6]}]"
+    clean_first = sorted(conditions, key=lambda key: (not names[key].startswith("clean"), names[key]))
+    return {names[key]: conditions[key] for key in clean_first}
+
+
+def _grouped(records: Iterable[dict[str, Any]], key) -> dict[Any, list[dict[str, Any]]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups

@@ -1,0 +1,346 @@
+"""`gap-diff benchmark run` and `report` on a tiny model: which cells there are and are run, what is said of them."""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from test_benchmark_surrogate import model  # noqa: F401
+from test_metrics import ASTRONAUT
+
+from gap_diff_diffusers import benchmark_report, benchmark_run
+from gap_diff_diffusers.benchmark_run import BenchmarkConfig, Inputs, all_cells, all_groups, expand, missing
+from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.protections import anti_dreambooth
+from gap_diff_diffusers.protections.anti_dreambooth import ASPLConfig
+
+JPEG = {"name": "jpeg", "quality": 70}
+QUICK = {
+    "max_train_steps": 1,
+    "num_class_images": 2,
+    "num_inference_steps": 2,
+    "resolution": 64,
+    "learning_rate": 0.01,
+}
+CONFIG = {
+    "model": "tiny",
+    "conditions": [{"protection": "none"}, {"protection": "gap-diff", "publishing": [None, JPEG]}],
+    "attackers": [{"method": "dreambooth", "set": QUICK}],
+    "prompts": ["a photo of {}", "a dslr portrait of {}"],
+    "count": 2,
+    "resolution": 64,
+}
+
+
+INPUTS = Inputs(model="m", checkpoint="c", photos={"a": "1", "b": "2"})
+
+
+def make_config(**changes):
+    settings = CONFIG | changes
+    return BenchmarkConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+@pytest.fixture
+def people(tmp_path):
+    photo = Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 356, 256))
+    for person in ("first", "second"):
+        for part in ("set_A", "set_B", "set_C"):
+            (tmp_path / "people" / person / part).mkdir(parents=True)
+            photo.save(tmp_path / "people" / person / part / "0.png")
+    return tmp_path / "people"
+
+
+@pytest.fixture
+def command(model, people, checkpoint, tmp_path):  # noqa: F811
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    base = ["benchmark", "run", str(config), "--people", str(people), "--output", str(tmp_path / "results")]
+    return [*base, "--model", model, "--checkpoint", checkpoint]
+
+
+def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert main([*command, "--pictures", str(tmp_path / "pictures")]) == 0
+    assert "6 attacks run, 0 failed, 12 cells" in capsys.readouterr().out
+    cells = {path.name: path.read_bytes() for path in results.iterdir()}
+    assert len(cells) == 12 == len(list((tmp_path / "pictures").iterdir()))
+    record = json.loads(next(iter(cells.values())))
+    assert record["cell"]["attack"]["max_train_steps"] == 1 and record["cell"]["model"] == "model"
+    assert record["figures"]["FDFR"]["values"] == [1.0, 1.0]  # noise has no face
+    assert record["seconds"]["training"] >= 0 and record["peak_memory_gb"] > 0
+    assert str(tmp_path) not in json.dumps(record)
+    drawn = {path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert len(drawn) == 6  # three conditions and two prompts; the two people's photos are the same
+
+    assert main(command) == 0
+    assert "0 attacks run, 0 failed, 12 cells" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == cells
+
+    name = min(cells)
+    (results / name).unlink()
+    assert main(command) == 0
+    assert "1 attacks run, 0 failed, 12 cells" in capsys.readouterr().out
+    again = json.loads((results / name).read_text())
+    assert again["figures"] == json.loads(cells[name])["figures"]
+
+    assert main(["benchmark", "report", str(results), "--output", str(tmp_path / "report")]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "| gap-diff, 8 levels (checkpoint0), then jpeg quality 70 | 2 |" in text
+        and '"a dslr portrait of sks person"' in text
+    )
+    rows = list(csv.DictReader((tmp_path / "report" / "report.csv").open()))
+    assert len(rows) == 12 * len(record["figures"])
+
+
+def test_aspl_is_a_protection_too(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(anti_dreambooth, "ASPLConfig", partial(ASPLConfig, rounds=1, pgd_steps=1, surrogate_steps=1))
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"conditions": [{"protection": ["none", "aspl"]}], "aspl": {"set": QUICK}})
+    )
+    assert main([*command, "--only", "second", "--pictures", str(tmp_path / "pictures")]) == 0
+    assert len({path.read_bytes() for path in (tmp_path / "pictures").iterdir()}) == 4
+
+
+def test_shards_share_the_cells(command, tmp_path, capsys):
+    for shard in ("1/4", "3/4", "2/4", "4/4"):
+        assert main([*command, "--shard", shard]) == 0
+    run = [line.split(" attacks")[0] for line in capsys.readouterr().out.splitlines()]
+    assert run == ["2", "1", "2", "1"] and len(list((tmp_path / "results").iterdir())) == 12
+    for shard in ("0/2", "3/2", "2", "a/b"):
+        assert main([*command, "--shard", shard]) == 2
+        assert "--shard I/N" in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
+    results = tmp_path / "results"
+    process = subprocess.Popen([sys.executable, "-m", "gap_diff_diffusers", *command], env=os.environ)
+    while process.poll() is None and len(list(results.glob("*.json"))) < 3:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.read_bytes() for path in results.glob("*.json")}
+    assert all("cell" in json.loads(content) for content in before.values())
+    assert main(command) == 0
+    after = {path: path.read_bytes() for path in results.glob("*.json")}
+    assert len(after) == 12 and all(after[path] == content for path, content in before.items())
+
+
+def test_conditions_are_the_product_of_what_they_list():
+    assert expand([{"protection": ["none", "gap-diff"], "levels": [4, 8], "publishing": [None, JPEG]}]) == [
+        {"protection": protection, "levels": levels, "publishing": publishing, "purification": None}
+        for protection, all_levels in (("none", (0, 0)), ("gap-diff", (4, 8)))
+        for levels in all_levels
+        for publishing in (None, JPEG)
+    ]
+
+
+def test_a_cells_name_is_its_settings_alone(tmp_path):
+    cells = list(all_cells(make_config(), INPUTS))
+    names = {benchmark_run.cell_path(tmp_path, cell).name for cell in cells}
+    assert len(names) == len(cells) == 12
+    reordered = [dict(reversed(cell.items())) for cell in cells]
+    assert {benchmark_run.cell_path(tmp_path, cell).name for cell in reordered} == names
+    assert [len(group) for group in missing(all_groups(make_config(), INPUTS), tmp_path)] == [2] * 6
+    assert {cell["prompt"] for cell in cells} == {"a photo of sks person", "a dslr portrait of sks person"}
+
+
+def test_a_cell_that_is_listed_twice_is_one():
+    config = make_config(conditions=[{"protection": ["none", "gap-diff"], "levels": [4, 8]}], seeds=[0, 0])
+    assert len(all_groups(config, INPUTS)) == 6  # clean photos have no levels
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes"),
+    [
+        (replace(INPUTS, model="other"), {}),
+        (replace(INPUTS, photos={"a": "other", "b": "2"}), {}),
+        (replace(INPUTS, checkpoint="other"), {}),
+        (INPUTS, {"attackers": [{"method": "dreambooth", "set": QUICK | {"learning_rate": 0.02}}]}),
+        (INPUTS, {"num_inference_steps": 3}),
+        (INPUTS, {"metrics": ["identity"]}),
+        (INPUTS, {"seeds": [1]}),
+    ],
+)
+def test_whatever_changes_the_figures_changes_the_name(inputs, changes, tmp_path):
+    before = {benchmark_run.cell_path(tmp_path, cell) for cell in all_cells(make_config(), INPUTS)}
+    after = {benchmark_run.cell_path(tmp_path, cell) for cell in all_cells(make_config(**changes), inputs)}
+    assert after - before
+
+
+def test_aspl_expects_a_dreambooth_of_its_own(tmp_path):
+    conditions, attackers = [{"protection": "aspl"}], [{"method": "textual-inversion"}, {"method": "lora"}]
+    names = []
+    for preset in ("weak", "strong"):
+        cells = list(
+            all_cells(make_config(conditions=conditions, attackers=attackers, aspl={"preset": preset}), INPUTS)
+        )
+        assert all(cell["protection_settings"]["attack"]["rare_token"] == "sks" for cell in cells)
+        names += [benchmark_run.cell_path(tmp_path, cell) for cell in cells]
+    assert len(set(names)) == len(names)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, caplog):
+    attackers = [{"method": "dreambooth", "set": QUICK | {"learning_rate": rate}} for rate in (1e30, 1e-3)]
+    conditions = [{"protection": "none"}]
+    attackers[0]["set"] = attackers[0]["set"] | {"max_train_steps": 4}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"attackers": attackers, "conditions": conditions}))
+    assert main(command) == 1
+    assert "2 attacks run, 2 failed, 4 cells" in capsys.readouterr().out
+    assert "lower the learning rate" in caplog.text
+
+
+def test_weights_are_told_apart_wherever_they_are():
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert benchmark_run.hash_weights(layer) == benchmark_run.hash_weights(copy.deepcopy(layer))
+    assert benchmark_run.hash_weights(layer) != benchmark_run.hash_weights(other)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in benchmark_run.CONFIGS.glob("*.json")])
+def test_the_configs_that_ship_are_valid(name, people, tmp_path):
+    arguments = ["benchmark", "run", name, "--people", str(people), "--output", str(tmp_path)]
+    from gap_diff_diffusers.cli import build_parser
+
+    config = benchmark_run.load_config(build_parser("benchmark").parse_args(arguments))
+    cells = list(all_cells(config, INPUTS))
+    assert cells and len({benchmark_run.cell_path(tmp_path, cell) for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditions": [{"protection": "glaze"}]}, "none, aspl, gap-diff, got 'glaze'"),
+        ({"conditions": [{"protect": "none"}]}, "got protect in"),
+        ({"conditions": []}, "conditions as a list of at least one dict"),
+        ({"attackers": [{"preset": "weak"}]}, "method, preset and set, got"),
+        ({"attackers": [{"method": "lora", "set": {"ranks": 3}}]}, "ranks=3"),
+        ({"metrics": ["fid"]}, "brisque, identity, got 'fid'"),
+        ({"count": 0}, "count of at least 1"),
+        ({"count": "32"}, "count of type int"),
+        ({"seeds": 3}, "seeds as a list"),
+        ({"metrics": None}, "metrics as a list"),
+        ({"aspl": None}, "aspl as an object"),
+        ({"attackers": [{"method": "lora", "set": None}]}, "method, preset and set"),
+        ({"conditions": [{"publishing": []}]}, "without empty lists"),
+        ({"prompts": "a photo of {}"}, "prompts as a list"),
+        ({"prompts": ["a {style} of {}"]}, "no braces"),
+        ({"conditions": [{"protection": "gap-diff", "levels": 0}]}, "levels as a whole number"),
+        ({"conditions": [{"publishing": {"name": "jpg"}}]}, "got 'jpg'"),
+        ({"model": "no/such/model"}, "no/such/model"),
+        ({"prompt": "a photo"}, "unknown key prompt"),
+    ],
+)
+def test_configs_that_do_not_work_are_named(command, tmp_path, capsys, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    if "model" in changes:
+        command = [*command, "--model", changes["model"]]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_a_person_without_a_face_is_named_before_any_attack(command, people, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(people / "second" / "set_C" / "0.png")
+    assert main(command) == 2
+    assert "second/set_C: expected a face" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_results_of_another_version_are_refused(command, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text(json.dumps({"versions": {"gap_diff_diffusers": "0.0.1"}}))
+    assert main(command) == 2
+    assert "got 0.0.1; give a new folder" in capsys.readouterr().err
+    assert main(["benchmark", "report", str(tmp_path / "results")]) == 2
+    assert "got another file" in capsys.readouterr().err
+    assert main(["benchmark", "report", str(tmp_path / "config.json")]) == 2
+    assert "found none" in capsys.readouterr().err
+
+
+def test_people_that_are_not_there_are_named(people):
+    assert [path.name for path in benchmark_run.find_people(people, ["second"])] == ["second"]
+    with pytest.raises(ValueError, match="found none for third"):
+        benchmark_run.find_people(people, ["third"])
+    with pytest.raises(ValueError, match=r"found none$"):
+        benchmark_run.find_people(people / "first" / "set_B")
+    (people / "second" / "set_A" / "0.png").unlink()
+    (people / "second" / "set_A").rmdir()
+    assert len(benchmark_run.find_people(people)) == 2
+    with pytest.raises(ValueError, match="expected a folder set_A"):
+        benchmark_run.find_people(people, needs_own=True)
+    (people / "first" / "set_C" / "0.png").unlink()
+    (people / "first" / "set_C").rmdir()
+    with pytest.raises(ValueError, match="expected a folder set_C"):
+        benchmark_run.find_people(people)
+
+
+def record(person, recognised, *, seed=0, protection="none", fdfr=0.0, **changes):
+    cell = {"protection": protection, "levels": 8, "publishing": None, "purification": None, "model": "m"}
+    cell |= {"protection_settings": {}, "photos": person, "attack": {"seed": seed, "max_train_steps": 1}}
+    cell |= {"method": "dreambooth", "preset": "weak", "prompt": "p", "person": person, "seed": seed, "count": 4}
+    cell |= changes
+    figures = {
+        "recognised": {"mean": recognised, "values": [recognised], "percent": True},
+        "ISM": {"mean": None if fdfr == 1 else 0.5, "values": [None], "percent": False},
+    }
+    return {"cell": cell, "figures": figures, "seconds": {"training": 100.0}, "peak_memory_gb": 1.5}
+
+
+def test_a_report_has_means_over_people_not_over_cells():
+    records = [record("a", 1.0), record("a", 1.0, seed=1), record("a", 1.0, seed=2), record("b", 0.0)]
+    records += [record("a", 0.25, protection="gap-diff", fdfr=1)]
+    text = benchmark_report.to_markdown(records)
+    assert "| clean | 2 | 50% (0% to 100%) | 0.50 (0.50 to 0.50) |" in text
+    assert "| gap-diff, 8 levels | 1 | 25% | none |" in text
+    assert "| clean | 100% | 0% |" in text and "| gap-diff, 8 levels | 25% |  |" in text
+    assert "training 100; peak memory 1.5 GB" in text
+    rows = list(csv.DictReader(io.StringIO(benchmark_report.to_csv(records))))
+    assert len(rows) == 10 and rows[-1]["mean"] == "" and rows[-1]["undefined"] == "1"
+
+
+def test_a_report_keeps_apart_what_was_set_otherwise():
+    records = [record("a", 1.0), record("a", 0.0, attack={"seed": 0, "max_train_steps": 2})]
+    text = benchmark_report.to_markdown(records)
+    assert text.count(", settings ") == 2 and "| clean | 1 | 100% |" in text and "| clean | 1 | 0% |" in text
+    records = [record("a", x, protection="gap-diff", protection_settings={"weights": str(x)}) for x in (0.0, 1.0)]
+    assert benchmark_report.to_markdown(records).count("| gap-diff, 8 levels [") == 4
+    named = [record("a", 1.0, protection="gap-diff", protection_settings={"name": "mine", "weights": "1"})]
+    assert "| gap-diff, 8 levels (mine) |" in benchmark_report.to_markdown(named)
+
+
+def test_a_report_refuses_two_sets_of_photos_of_one_person():
+    with pytest.raises(ValueError, match="several of a; delete"):
+        benchmark_report.to_markdown([record("a", 1.0), record("a", 0.0, photos="others"), record("b", 1.0)])
+
+
+def test_asking_for_aspl_leaves_other_cells_as_they_are(tmp_path):
+    without = {benchmark_run.cell_path(tmp_path, cell) for cell in all_cells(make_config(), INPUTS)}
+    conditions = [*CONFIG["conditions"], {"protection": "aspl"}]
+    inputs = replace(INPUTS, own_photos={"a": "3", "b": "4"})
+    cells = all_cells(make_config(conditions=conditions), inputs)
+    assert without < {benchmark_run.cell_path(tmp_path, cell) for cell in cells}
+
+
+def test_a_mean_says_how_many_people_have_it():
+    records = [record("a", 1.0), record("b", 0.0, fdfr=1)]
+    assert "| 0.50, 1 of 2 people |" in benchmark_report.to_markdown(records)
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_people():
+    few, many = [0.0, 0.5, 1.0], [0.0, 0.5, 1.0] * 20
+    assert benchmark_report.bootstrap_interval([0.5]) is None
+    low, high = benchmark_report.bootstrap_interval(few)
+    assert 0 <= low < 0.5 < high <= 1
+    narrow = benchmark_report.bootstrap_interval(many)
+    assert narrow[1] - narrow[0] < 0.5 * (high - low)
+    assert benchmark_report.bootstrap_interval(few) == (low, high)
