@@ -294,7 +294,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"train_data_dir": ("nowhere",)}, "nowhere"),
         ({"surrogates": ("model",)}, "as many surrogate_weights as surrogates"),
         ({"encoders": (), "encoder_weights": (), "encoder_crop_sizes": ()}, "got neither"),
-        ({"noise": "pink"}, "gaussian or uniform"),
+        ({"noise": "pink"}, "gaussian, uniform"),
         ({"stages": ([0.5, 0, 1],)}, "the last at 1"),
         ({"stages": ()}, "beta, gamma"),
         ({"stages": "released code"}, "released, preprocessed"),

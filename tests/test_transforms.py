@@ -418,7 +418,7 @@ def test_the_paper_mixture():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("jpg", "'jpg'; available: differentiable_jpeg, gaussian_blur, identity, jpeg"),
+        ("jpg", "'jpg'; available: adverse_cleaner, differentiable_jpeg, gaussian_blur, identity, jpeg"),
         ({"name": "jpg"}, "available: .*random_choice"),
         ({"name": "jpeg", "Quality": 50}, "unknown argument 'Quality'; available: quality, subsampling, pinned"),
         ({"name": "identity", "quality": 50}, "available: none"),
@@ -450,7 +450,7 @@ def test_every_public_transform_is_in_the_registry_and_the_reverse():
 
 
 def test_registry_names_what_there_is():
-    with pytest.raises(ValueError, match=r"expected the name of a transform, got 'jpg'; available: differentiable"):
+    with pytest.raises(ValueError, match=r"expected the name of a transform, got 'jpg'; available: adverse_cleaner"):
         TRANSFORMS.load("jpg")
 
 
