@@ -64,7 +64,7 @@ class BenchmarkConfig:
     count: int = 32
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    metrics: tuple[str, ...] = ("brisque", "identity")
+    metrics: tuple[str, ...] = tuple(sorted(METRICS))
     resolution: int = 512
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -144,15 +144,21 @@ def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
     Raises:
         ValueError: a folder without photos, or none that can be read.
     """
-    images = []
-    for given in map(Path, paths):
-        for path in list_photos([given]) if given.is_dir() else [given]:
-            try:
-                images.append(to_tensor(Image.fromarray(read_photo(path).pixels)))
-            except PhotoError as error:
-                logger.warning("left out: %s", error)
+    given = [p for path in map(Path, paths) for p in (list_photos([path]) if path.is_dir() else [path])]
+    images = _load_each(given, lambda path: to_tensor(Image.fromarray(read_photo(path).pixels)))
     if not images:
         raise ValueError(f"expected photos that can be read, got none in {', '.join(map(str, paths))}")
+    return images
+
+
+def _load_each(sources: Sequence[Source], load: Callable[[Source], torch.Tensor]) -> list[torch.Tensor]:
+    """What `load` makes of each photo; unreadable ones are left out, with a warning."""
+    images = []
+    for source in sources:
+        try:
+            images.append(load(source))
+        except PhotoError as error:
+            logger.warning("left out: %s", error)
     return images
 
 
@@ -197,9 +203,14 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
+def to_pixels(image: torch.Tensor) -> np.ndarray:
+    """An image (3,H,W) in [0,1] as (H,W,3) uint8."""
+    return np.ascontiguousarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
     """An image (3,H,W) in [0,1] as a PIL image."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_pixels(image))
 
 
 def load_face(source: Source, size: int, face_scale: float | None = None) -> torch.Tensor:
@@ -213,12 +224,7 @@ def load_faces(photos: Sequence[Source], size: int) -> torch.Tensor:
     Raises:
         ValueError: none can be read.
     """
-    faces = []
-    for source in photos:
-        try:
-            faces.append(load_face(source, size))
-        except PhotoError as error:
-            logger.warning("left out: %s", error)
+    faces = _load_each(photos, lambda source: load_face(source, size))
     if not faces:
         raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
     return torch.stack(faces)

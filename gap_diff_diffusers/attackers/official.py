@@ -15,6 +15,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -220,9 +221,9 @@ class OfficialAttacker(Attacker):
             }
         return flags
 
+    @abstractmethod
     def load(self, surrogate: DiffusionSurrogate, folder: Path) -> DiffusionPipeline:
         """The surrogate's pipeline with what was learned in it."""
-        raise NotImplementedError
 
 
 class OfficialDreamBooth(OfficialAttacker):

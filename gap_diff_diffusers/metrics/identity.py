@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data import to_pixels
 from ..faces import import_dlib
 from ..images import resize_pixels
 from .base import Metric, MetricResult
@@ -57,7 +58,7 @@ class DlibFaces:
         The image is scaled by two, after a bigger one was scaled down to `LARGEST_SIDE`: faces from 40 px on are
         found, those of pictures of 256 px among them.
         """
-        pixels = np.ascontiguousarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        pixels = to_pixels(image)
         if (scale := LARGEST_SIDE / max(pixels.shape[:2])) < 1:
             pixels = resize_pixels(pixels, *(round(side * scale) for side in pixels.shape[:2]))
         boxes = sorted(self._detect(pixels, 1), key=lambda box: -box.area())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..data import to_pixels
 from .base import Metric, MetricResult
 
 MINIMUM_SIDE = 32
@@ -40,7 +41,7 @@ class Brisque(Metric):
         return [MetricResult(name="BRISQUE", values=values, higher_means="worse picture", backend="brisque")]
 
     def _measure(self, image: torch.Tensor) -> float | None:
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = to_pixels(image)
         if min(pixels.shape[:2]) < MINIMUM_SIDE or (pixels == pixels[0, 0]).all():
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
