@@ -59,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .config import portable_name, provenance, write_json
     from .data import read_images, save_grid, to_pil
-    from .finetuning import generate_images
 
     output = Path(arguments.output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -90,11 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
         prompts = arguments.prompts or [config.instance_prompt]
         rows = [squares]
         for index, prompt in enumerate(prompts):
-            pictures = generate_images(
+            pictures = attacker.draw(
                 pipeline,
+                squares,
                 prompt,
                 arguments.count,
-                resolution=config.resolution,
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,

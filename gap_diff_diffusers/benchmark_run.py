@@ -354,10 +354,11 @@ class _Runner:
         self.config, self.people, self.results = config, people, results
         self.pictures = Path(arguments.pictures) if arguments.pictures else None
         self.metrics = [METRICS.load(name)() for name in sorted(set(config.metrics))]
+        self.transforms = {}
         for condition in expand(config.conditions):
             for spec in (condition["publishing"], condition["purification"]):
-                if spec is not None:
-                    build_transform(spec)
+                if spec is not None and json.dumps(spec) not in self.transforms:
+                    self.transforms[json.dumps(spec)] = build_transform(spec).eval()
         self.references = {}
         for name, person in people.items():
             self.references[name] = read_images([person / "set_C"])
@@ -387,7 +388,6 @@ class _Runner:
 
         from .config import provenance, write_json
         from .data import save_grid
-        from .finetuning import generate_images
 
         cell, person = cells[0], self.people[cells[0]["person"]]
         device = self.surrogate.denoiser.device
@@ -403,11 +403,11 @@ class _Runner:
         trained = time.perf_counter()
         for cell in cells:
             before = time.perf_counter()
-            pictures = generate_images(
+            pictures = attacker.draw(
                 pipeline,
+                photos,
                 cell["prompt"],
                 cell["count"],
-                resolution=attacker.config.resolution,
                 num_inference_steps=cell["num_inference_steps"],
                 guidance_scale=cell["guidance_scale"],
                 seed=cell["seed"],
@@ -467,7 +467,6 @@ class _Runner:
 
         from .data import list_photos, load_faces
         from .protections.anti_dreambooth import ASPLConfig, aspl
-        from .transforms import build_transform
 
         photos = load_faces(list_photos([person / "set_B"]), cell["resolution"])
         eps = cell["levels"] / 255
@@ -481,7 +480,8 @@ class _Runner:
         for spec in (cell["publishing"], cell["purification"]):
             if spec is not None:
                 with torch.no_grad():
-                    photos = build_transform(spec).eval()(photos)
+                    transform = self.transforms[json.dumps(spec)].to(self.surrogate.denoiser.device)
+                    photos = transform(photos.to(self.surrogate.denoiser.device)).cpu()
         return photos
 
 

@@ -16,6 +16,8 @@ from . import __version__
 
 BUNDLED = "bundled"
 """The name of the small face model that ships with the package, wherever a model is asked for."""
+BUNDLED_FACE_MODEL = Path(__file__).parent / "checkpoints" / "face-model"
+"""Where it is: a `StableDiffusionPipeline` whose autoencoder can be misled as those of real models."""
 ATTACK_RECORD = "attack.json"
 """What `gap-diff attack` writes last: it says that the folder is whole."""
 PICTURES = "pictures"

@@ -24,7 +24,7 @@ SETTINGS = {
     "guidance_scale": 1.0,
     "learning_rate": 0.05,
 }
-IN_PROCESS = sorted(name for name in ATTACKERS if not name.startswith("official:"))
+IN_PROCESS = sorted(n for n in ATTACKERS if not n.startswith("official:") and "editing" not in ATTACKERS[n])
 LEARNS = {  # what of the denoiser's names, and of the text encoder's, may change; nothing else does
     "custom-diffusion": ((".attn2.to_",), ("token_embedding",)),
     "dreambooth": (("",), ("",)),

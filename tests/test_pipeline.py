@@ -17,6 +17,7 @@ from gap_diff_diffusers import (
 )
 from gap_diff_diffusers.budget import budget_levels
 from gap_diff_diffusers.images import Photo, resize_pixels
+from gap_diff_diffusers.models.gap_diff_generator import photo_signs
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +446,7 @@ def test_generator_refuses_shapes(make_generator, shape):
         ({"channels": (8, 8), "layers_per_block": (1,)}, "as many channels"),
         ({"architecture": "paper", "channels": (8, 8)}, "one number"),
         ({"architecture": "paper"}, "one number"),
+        ({"architecture": "paper", "channels": (8,), "keyed_sign": True}, "keyed_sign"),
     ],
     ids=str,
 )
@@ -490,6 +492,28 @@ def test_the_border_is_like_the_interior(make_generator):
 
 
 # --- The discriminator ---------------------------------------------------------------------------------------------
+def test_a_keyed_sign_is_the_photos_own(make_generator):
+    """As balanced as coins, the same at any resolution and beside any other photo; and the mean of many is near 0."""
+    photos = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    small = torch.nn.functional.interpolate(photos, (32, 32), mode="bilinear")
+    large = torch.nn.functional.interpolate(small, (64, 64), mode="nearest")
+    signs = photo_signs(small)
+    assert signs.shape == (64, 1, 1, 1) and set(signs.unique().tolist()) == {-1, 1} and signs.mean().abs() < 0.4
+    assert torch.equal(photo_signs(large), signs) and torch.equal(photo_signs(small[5:6]), signs[5:6])
+    assert (photo_signs((small * 255).round() / 255) == signs).sum() >= 62
+
+    plain, keyed = make_generator(), make_generator(keyed_sign=True)
+    torch.testing.assert_close(keyed(small), signs * plain(small), atol=1e-5, rtol=0)
+    means = [
+        generator(small).mean(0).square().mean() / generator(small).square().mean() for generator in (plain, keyed)
+    ]
+    assert means[1] < 0.1 < means[0]
+    with torch.no_grad():
+        keyed.network.sign_embedding += 1
+    moved = keyed(small) - signs * plain(small)
+    assert moved.abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
 def test_discriminator():
     torch.manual_seed(0)
     discriminator = GAPDiffDiscriminator(channels=16, num_blocks=2)

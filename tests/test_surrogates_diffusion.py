@@ -576,7 +576,11 @@ def test_timesteps_of_stable_diffusion_are_integers_of_its_schedule(timesteps, f
 def test_every_registered_class_loads(folder, tmp_path):
     tiny = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     AutoencoderTiny(**tiny, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path)
+    parts = diffusers.StableDiffusionPipeline.from_pretrained(folder("sd-epsilon")).components
+    instructed = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    instructed.save_pretrained(tmp_path / "instructed")
     folders = [*(folder(family) for family in EACH_ARCHITECTURE), folder("sd3") / "vae", tmp_path]
+    folders.append(tmp_path / "instructed")
     loaded = set()
     for path in folders:
         surrogate = load_surrogate(path)

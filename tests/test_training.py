@@ -254,7 +254,7 @@ def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_c
 @pytest.mark.parametrize("path", sorted((ROOT / "training_scripts" / "configs").glob("gap_diff*.json")), ids=str)
 def test_the_configs_that_ship_are_valid(path):
     settings = json.loads(path.read_text())
-    names = {"encoders": ("a", "b")} if "encoder_weights" in settings else {}
+    names = {"encoders": ("a", "b", "c")[: len(settings["encoder_weights"])]} if "encoder_weights" in settings else {}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     config = GAPDiffTrainingConfig(train_data_dir=("photos",), output_dir="out", **names | settings)
     build_transform(config.transform)
@@ -353,3 +353,23 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
     assert record["second"] == {"seed": 1} and record["average"]["share_of_the_second"] == 0.25
     refused = subprocess.run([*command, "--share", "2"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode != 0 and "from 0 to 1, got 2" in refused.stderr
+
+
+def test_weights_without_a_keyed_sign_can_learn_one(photos, encoder, tmp_path):
+    first = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "first"))
+    GAPDiffProtectionPipeline(first.generator).save_pretrained(tmp_path / "plain", include_remote_code=False)
+    path = tmp_path / "plain" / "generator" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["keyed_sign"]  # as in checkpoints from before there was one
+    path.write_text(json.dumps(saved))
+    config = make_config(photos, encoder, tmp_path / "second", init_from=str(tmp_path / "plain"), keyed_sign=True)
+    trainer = GAPDiffTrainer(config)
+    before = {name: value.clone() for name, value in trainer.generator.state_dict().items()}
+    for name, value in first.generator.state_dict().items():
+        assert torch.equal(before[name], value)
+    figures = trainer.train()
+    assert trainer.generator.network.sign_embedding.abs().max() > 0
+    assert trainer.record(figures)["config"]["keyed_sign"] is True
+    GAPDiffProtectionPipeline(trainer.generator).save_pretrained(tmp_path / "keyed", include_remote_code=False)
+    again = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "third", init_from=str(tmp_path / "keyed")))
+    assert again.generator.config.keyed_sign

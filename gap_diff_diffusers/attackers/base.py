@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ..finetuning import DreamBooth, DreamBoothConfig
+from ..finetuning import DreamBooth, DreamBoothConfig, generate_images
 from ..surrogates.base import DiffusionSurrogate
 
 
@@ -59,6 +59,33 @@ class Attacker(ABC):
             ValueError: the photos, the model or the prompt do not suit the method.
             FloatingPointError: the training diverges.
         """
+
+    def draw(
+        self,
+        pipeline: DiffusionPipeline,
+        images: torch.Tensor,
+        prompt: str,
+        count: int,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        progress: bool = True,
+    ) -> torch.Tensor:
+        """What the attacker makes with what `__call__` returned: (count,3,H,W) in [0,1], with seeds from `seed` on.
+
+        Here pictures that the prompt alone decides on. `images` are the photos (N,3,H,W), for attackers that edit.
+        """
+        return generate_images(
+            pipeline,
+            prompt,
+            count,
+            resolution=self.config.resolution,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            progress=progress,
+        )
 
     @classmethod
     def script_digest(cls, config: Any) -> str | None:

@@ -134,6 +134,16 @@ def pad_by_mirroring(images: torch.Tensor, margin: int, multiple: int) -> torch.
     return images
 
 
+def photo_signs(images: torch.Tensor) -> torch.Tensor:
+    """1 or -1 for each photo (N,3,H,W) in [0,1]: (N,1,1,1) float32, by chance, but always the same for the same photo.
+
+    By a checksum of 8 x 8 mean colors that hardly depends on the photo's resolution or on rounding.
+    """
+    colors = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
+    weights = torch.arange(1, colors.shape[1] + 1, device=images.device).square().remainder(31).sub(15).div(10)
+    return torch.where(torch.sin(2 * torch.pi * (colors * weights).sum(1)) < 0, -1.0, 1.0)[:, None, None, None]
+
+
 class CompactUNet(nn.Module):
     """A small U-Net that sees the photo, and draws the perturbation, at a fraction of the resolution.
 
@@ -145,11 +155,17 @@ class CompactUNet(nn.Module):
     patch_size = 4
 
     def __init__(
-        self, channels: tuple[int, ...], layers_per_block: tuple[int, ...], downscale: int, output_gain: float
+        self,
+        channels: tuple[int, ...],
+        layers_per_block: tuple[int, ...],
+        downscale: int,
+        output_gain: float,
+        keyed_sign: bool,
     ):
         super().__init__()
         self.downscale = downscale
         self.output_gain = output_gain
+        self.sign_embedding = nn.Parameter(torch.zeros(channels[0], 1, 1)) if keyed_sign else None
         patch_channels = 3 * self.patch_size**2
         self.conv_in = nn.Conv2d(patch_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -177,6 +193,9 @@ class CompactUNet(nn.Module):
         margin, multiple = 8, self.patch_size * 2 ** len(self.downsamplers)
         hidden_states = pad_by_mirroring(hidden_states, margin, multiple)
         hidden_states = self.conv_in(F.pixel_unshuffle(hidden_states, self.patch_size))
+        signs = 1 if self.sign_embedding is None else photo_signs(images / 2 + 0.5).to(images.dtype)
+        if self.sign_embedding is not None:
+            hidden_states = hidden_states + signs * self.sign_embedding
         skips = []
         for block, downsampler in zip(self.down_blocks, self.downsamplers):
             hidden_states = block(hidden_states)
@@ -187,7 +206,7 @@ class CompactUNet(nn.Module):
         for upsampler, block in zip(self.upsamplers, self.up_blocks):
             hidden_states = block(upsampler(hidden_states) + skips.pop())
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        perturbation = torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
+        perturbation = signs * torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
         size = (perturbation.shape[-2] * self.downscale, perturbation.shape[-1] * self.downscale)
         perturbation = (self.output_gain * resize(perturbation, size)).clamp(-1, 1).to(images.dtype)
         top = left = margin * self.downscale
@@ -205,6 +224,8 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         downscale: compact only: the network works at 1/downscale of the resolution.
         output_gain: compact only: factor after the enlargement to the photo's resolution, which softens the
             perturbation's finest detail; what then exceeds 1 is clipped.
+        keyed_sign: compact only: a checksum of the photo decides on the perturbation's sign, and the network knows it.
+            So what the perturbations of many photos have in common is not their mean, which is near 0.
         native_size: side in pixels at which the network was trained to see a face crop; the pipeline computes the
             perturbation of a bigger photo at scales that fit.
         scale_range: how many times longer than the smallest crop that is to be protected a photo may be. 1, as for the
@@ -225,6 +246,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         output_gain: float = 1.0,
         native_size: int = 512,
         scale_range: float = 5.0,
+        keyed_sign: bool = False,
     ):
         super().__init__()
         if architecture == "compact":
@@ -232,10 +254,12 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"expected as many channels as layers_per_block, got {list(channels)} and {list(layers_per_block)}"
                 )
-            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale, output_gain)
+            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale, output_gain, keyed_sign)
         elif architecture == "paper":
             if len(channels) != 1:
                 raise ValueError(f"expected channels of one number for the paper's U-Net ([64]), got {list(channels)}")
+            if keyed_sign:
+                raise ValueError("expected keyed_sign with the compact architecture, got it with the paper's U-Net")
             self.network = PaperUNet(channels[0])
         else:
             raise ValueError(f"expected architecture {' or '.join(self.architectures)}, got {architecture!r}")

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..config import BUNDLED
+from ..config import BUNDLED, BUNDLED_FACE_MODEL
 from ..registry import Registry
 from .base import PromptEmbedding, Surrogate
 from .ensemble import EnsembleSurrogate
@@ -38,6 +38,7 @@ SURROGATES = Registry(
         "AutoencoderTiny": f"{__name__}.encoder:EncoderSurrogate",
         "FluxPipeline": f"{__name__}.flow_matching:FluxSurrogate",
         "StableDiffusion3Pipeline": f"{__name__}.flow_matching:StableDiffusion3Surrogate",
+        "StableDiffusionInstructPix2PixPipeline": f"{__name__}.stable_diffusion:InstructPix2PixSurrogate",
         "StableDiffusionPipeline": f"{__name__}.stable_diffusion:StableDiffusionSurrogate",
         "StableDiffusionXLPipeline": f"{__name__}.stable_diffusion:StableDiffusionXLSurrogate",
     },
@@ -45,8 +46,6 @@ SURROGATES = Registry(
 """The `_class_name` that a saved pipeline or autoencoder states, and what loads it."""
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-BUNDLED_FACE_MODEL = Path(__file__).parents[1] / "checkpoints" / "face-model"
-"""Where "bundled" is: a `StableDiffusionPipeline` whose autoencoder can be misled as those of real models."""
 _LIVING_MODELS = (
     f"{DEFAULT_MODEL} (the default), CompVis/stable-diffusion-v1-4, stabilityai/stable-diffusion-xl-base-1.0, "
     "stabilityai/stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev"

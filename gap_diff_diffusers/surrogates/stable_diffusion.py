@@ -7,7 +7,13 @@ noise, SNR weights, EDM).
 from __future__ import annotations
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDPMScheduler,
+    SchedulerMixin,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from .base import DiffusionSurrogate, PromptEmbedding, squared_error
 
@@ -57,9 +63,30 @@ class StableDiffusionSurrogate(DiffusionSurrogate):
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embedding: PromptEmbedding
     ) -> torch.Tensor:
         scheduler = self.noise_scheduler
-        prediction = self._denoise(scheduler.add_noise(latents, noise, timesteps), timesteps, embedding)
+        noisy = self._denoiser_input(scheduler.add_noise(latents, noise, timesteps), latents)
+        prediction = self._denoise(noisy, timesteps, embedding)
         velocity = scheduler.config.prediction_type == "v_prediction"
         return squared_error(prediction, scheduler.get_velocity(latents, noise, timesteps) if velocity else noise)
+
+    def _denoiser_input(self, noisy: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """What the UNet sees, of the noisy latents and the clean ones, both scaled."""
+        return noisy
+
+
+class InstructPix2PixSurrogate(StableDiffusionSurrogate):
+    """InstructPix2Pix, whose UNet also sees the latents of the photo to be changed.
+
+    Its loss is that of `train_instruct_pix2pix.py` of diffusers for an instruction that changes nothing: the photo
+    itself is the condition, by its unscaled latents.
+    """
+
+    pipeline_class = StableDiffusionInstructPix2PixPipeline
+
+    def _encode_prompts(self, prompts: list[str]) -> PromptEmbedding:
+        return PromptEmbedding(self.pipeline._encode_prompt(prompts, self.denoiser.device, 1, False))
+
+    def _denoiser_input(self, noisy: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([noisy, latents / self.vae.config.scaling_factor], dim=1)
 
 
 class StableDiffusionXLSurrogate(StableDiffusionSurrogate):

@@ -41,9 +41,12 @@ TRANSFORMS = Registry(
     "transform",
     {
         "adverse_cleaner": f"{__name__}.purification:AdverseCleaner",
+        "diffpure": f"{__name__}.diffusion_purification:DiffPure",
         "differentiable_jpeg": f"{__name__}.jpeg:DifferentiableJPEG",
         "gaussian_blur": f"{__name__}.filters:GaussianBlur",
+        "gridpure": f"{__name__}.diffusion_purification:GrIDPure",
         "identity": f"{__name__}.base:Identity",
+        "impress": f"{__name__}.diffusion_purification:Impress",
         "jpeg": f"{__name__}.jpeg:RealJPEG",
         "jpeg_mask": f"{__name__}.jpeg:JPEGMask",
         "publish": f"{__name__}.publishing:Publish",
@@ -51,6 +54,7 @@ TRANSFORMS = Registry(
         "random_noise": f"{__name__}.filters:RandomNoise",
         "resize": f"{__name__}.filters:Resize",
         "resize_down_up": f"{__name__}.filters:ResizeDownUp",
+        "upscale": f"{__name__}.diffusion_purification:Upscale",
         "webp": f"{__name__}.jpeg:RealWebP",
     },
 )
@@ -63,6 +67,12 @@ PRESETS: dict[str, Any] = {
         "choices": [{"name": "jpeg_mask"}, {"name": "gaussian_blur", "sigma": 2.0, "kernel_size": 7}, "identity"],
         "weights": [2, 1, 1],
     },
+    # Gaussian noising and noisy upscaling of robust style mimicry (arXiv 2406.12027).
+    "gaussian_noising": {"name": "random_noise", "std": 0.05},
+    "noisy_upscaling": [
+        {"name": "random_noise", "std": 0.1},
+        {"name": "upscale", "model": "stabilityai/stable-diffusion-x4-upscaler"},
+    ],
 }
 """Named mixtures, as data for `build_transform`."""
 
@@ -110,6 +120,9 @@ def build_transform(spec: str | Mapping[str, Any] | list[Any]) -> Transform:
     # A class without an __init__ of its own shows nn.Module's *args and **kwargs.
     parameters = inspect.signature(transform_class).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind not in _CATCH_ALL]
+    required = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    if lacking := [p.name for p in required if p.kind not in _CATCH_ALL and p.name not in arguments]:
+        raise ValueError(f"{name}: expected the argument {' and '.join(lacking)}, got none")
     for key in arguments:
         if key not in known:
             raise ValueError(f"{name}: unknown argument {key!r}; available: {', '.join(known) or 'none'}")

@@ -45,7 +45,8 @@ class GaussianBlur(Transform):
         return f"{self.sigma}, kernel_size={self.kernel_size}"
 
 
-def _interpolate(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def interpolate(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize (N,3,H,W) in [0,1], bicubic with antialias; those of that size are returned as they are."""
     if (height, width) == tuple(images.shape[-2:]):
         return images
     # In float32, for torch has no other on the CPU; clipped, for bicubic overshoots at edges.
@@ -97,7 +98,7 @@ class Resize(Transform):
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         longest = max(images.shape[-2:])
         scale = draw["scale"] if "scale" in draw else min(1.0, draw["long_side"] / longest)
-        return _interpolate(images, *_scaled(images, scale))
+        return interpolate(images, *_scaled(images, scale))
 
     def extra_repr(self) -> str:
         return f"{self.name}={self.strength}"
@@ -121,7 +122,7 @@ class ResizeDownUp(Transform):
         return {"scale": self.scale.draw(self.training, generator)}
 
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return _interpolate(_interpolate(images, *_scaled(images, draw["scale"])), *images.shape[-2:])
+        return interpolate(interpolate(images, *_scaled(images, draw["scale"])), *images.shape[-2:])
 
     def extra_repr(self) -> str:
         return f"{self.scale}"

@@ -1,4 +1,4 @@
-"""What an attacker does to published photos to be rid of a perturbation before training on them."""
+"""What an attacker does to published photos to be rid of a perturbation before training on them: filters."""
 
 from __future__ import annotations
 
