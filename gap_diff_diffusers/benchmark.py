@@ -8,6 +8,7 @@ import argparse
 import importlib
 
 BENCHMARKS = {  # name: (module, what it measures)
+    "attackers": ("benchmark_attackers", "steps a second of DreamBooth, beside the script of diffusers"),
     "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
     "run": ("benchmark_run", "protect, publish, attack, draw and look for the person, cell by cell"),
     "report": ("benchmark_report", "the cells of such a run as tables"),

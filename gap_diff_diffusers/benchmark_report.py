@@ -23,20 +23,30 @@ OF_PERSON = ("own_photos", "person", "photos", "seed")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="RESULTS", help="folder of cells that gap-diff benchmark run wrote")
-    parser.add_argument("--output", metavar="FOLDER", help="also write report.md and report.csv there")
+    parser.add_argument("--output", metavar="FOLDER", help="also write report.md, report.csv and plots there")
+    parser.add_argument(
+        "--pictures", metavar="FOLDER", help="what benchmark run --pictures saved, to make grids of in --output"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the tables, and write them if asked for."""
+    """Print the tables, and write them and plots if asked for."""
+    from .benchmark_plots import draw_grids, draw_plots
     from .images import write_atomically
 
+    if arguments.pictures and not arguments.output:
+        raise ValueError("expected --output, where to write the grids of --pictures, got none")
     records = load_cells(arguments.results)
-    text = to_markdown(records)
+    text = "\n".join(filter(None, [to_markdown(records), papers_tables(records)]))
     sys.stdout.write(text)
     if arguments.output:
         folder = Path(arguments.output)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", text.encode())
+        plots = draw_plots(records, folder)
+        if arguments.pictures:
+            plots += draw_grids(records, Path(arguments.pictures), folder)
+        shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
+        write_atomically(folder / "report.md", (text + shown).encode())
         write_atomically(folder / "report.csv", to_csv(records).encode())
     return 0
 
@@ -60,20 +70,10 @@ def load_cells(folder: str | Path) -> list[dict[str, Any]]:
 
 def to_markdown(records: list[dict[str, Any]]) -> str:
     """A table for each model, attacker and prompt, a row for each condition: means over people, and their interval."""
-    photos = {(record["cell"]["person"], record["cell"]["photos"]) for record in records}
-    if len(photos) > len({person for person, _ in photos}):
-        counts = Counter(person for person, _ in photos)
-        people = ", ".join(sorted(person for person, count in counts.items() if count > 1))
-        raise ValueError(f"expected one set of photos a person, got several of {people}; delete the old cells")
-    records = sorted(records, key=lambda record: _title(record["cell"]))
-    groups = _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON))
-    titles = [_title(cells[0]["cell"]) for cells in groups.values()]
     tables = []
-    for (setting, cells), title in zip(groups.items(), titles):
-        if titles.count(title) > 1:
-            title += f", settings {hashlib.sha256(setting.encode()).hexdigest()[:6]}"
+    for title, conditions in groups_of(records):
+        cells = [record for of_condition in conditions.values() for record in of_condition]
         figures = list(cells[0]["figures"])
-        conditions = _label(_grouped(cells, lambda record: json.dumps([record["cell"][key] for key in CONDITION])))
         people = sorted({record["cell"]["person"] for record in cells})
         rows = []
         for condition, of_condition in conditions.items():
@@ -87,12 +87,124 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
                 for condition, of_condition in conditions.items()
             ]
             tables.append(table("Recognised, each person", ["photos", *people], each))
-    parts = {name for record in records for name in record["seconds"]}
-    medians = {name: statistics.median(r["seconds"].get(name, 0) for r in records) for name in sorted(parts)}
-    note = "Seconds a cell, medians: " + ", ".join(f"{name} {value:.0f}" for name, value in medians.items())
-    memory = [record["peak_memory_gb"] for record in records if record["peak_memory_gb"] is not None]
-    note += f"; peak memory {max(memory):.1f} GB.\n" if memory else ".\n"
-    return "\n".join([*tables, note])
+    return "\n".join([*tables, *_worst_attackers(records), _what_it_takes(records)])
+
+
+def groups_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
+    """For each model, attacker and prompt what they are called, and the cells of each condition, clean ones first.
+
+    Raises:
+        ValueError: photos of a person changed between cells.
+    """
+    photos = {(record["cell"]["person"], record["cell"]["photos"]) for record in records}
+    if len(photos) > len({person for person, _ in photos}):
+        counts = Counter(person for person, _ in photos)
+        people = ", ".join(sorted(person for person, count in counts.items() if count > 1))
+        raise ValueError(f"expected one set of photos a person, got several of {people}; delete the old cells")
+    records = sorted(records, key=lambda record: _title(record["cell"]))
+    groups = _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON))
+    titles = [_title(cells[0]["cell"]) for cells in groups.values()]
+    result = []
+    for (setting, cells), title in zip(groups.items(), titles):
+        if titles.count(title) > 1:
+            title += f", settings {hashlib.sha256(setting.encode()).hexdigest()[:6]}"
+        result.append((title, _label(_grouped(cells, _condition))))
+    return result
+
+
+def papers_tables(records: Sequence[dict[str, Any]]) -> str:
+    """For each model and attacker the shape of the paper's tables, a row a method, with its printed rows; "" if no
+    prompt is one of the paper's."""
+    from . import benchmark_printed as printed
+
+    records = [record for record in records if printed.letter(record["cell"]["prompt"])]
+    records = sorted(records, key=lambda record: _title(record["cell"]))
+    tables = []
+    for cells in _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON, "prompt")).values():
+        letters = sorted({printed.letter(record["cell"]["prompt"]) for record in cells})
+        rows = []
+        for condition, of_condition in _label(_grouped(cells, _condition)).items():
+            row = [f"ours: {condition}"]
+            for name in letters:
+                of_prompt = [r for r in of_condition if printed.letter(r["cell"]["prompt"]) == name]
+                row += [_mean(of_prompt, figure) for figure in printed.FIGURES]
+            rows.append(row)
+        for name, methods in printed.TABLES.items():
+            for method, figures in methods.items():
+                values = [
+                    f"{value:.0f}%" if figure == "FDFR" else f"{value:.2f}"
+                    for prompt in letters
+                    for figure, value in zip(printed.FIGURES, figures[prompt])
+                ]
+                rows.append([f"printed, {name}: {method}", *values])
+        cell = cells[0]["cell"]
+        title = (
+            f"{cell['method']} ({cell['preset']}) on {cell['model']}, beside what the paper prints of Stable "
+            "Diffusion 2.1 with other detectors: not the levels, only the order of rows can be compared"
+        )
+        header = [f"{prompt}: {figure}" for prompt in letters for figure in printed.FIGURES]
+        tables.append(table(title, ["method", *header], rows))
+    return "\n".join(tables)
+
+
+def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
+    """For each model that was attacked in several ways, what the best attack on each person got."""
+    tables = []
+    for model, cells in _grouped(records, lambda record: json.dumps(record["cell"]["model"])).items():
+        attacks = _grouped(cells, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
+        if len(attacks) < 2:
+            continue
+        rows = []
+        for condition, of_condition in _label(_grouped(cells, _condition)).items():
+            by_attack = _grouped(of_condition, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
+            row = [condition, str(len(by_attack))]
+            for figure in ("recognised", "ISM"):
+                most: dict[str, float] = {}
+                for of_attack in by_attack.values():
+                    for person, value in person_means(of_attack, figure).items():
+                        most[person] = max(value, most.get(person, value))
+                style = ".0%" if figure == "recognised" else ".2f"
+                row.append(f"{sum(most.values()) / len(most):{style}}" if most else "none")
+            rows.append(row)
+        title = f"The worst of the attackers on {json.loads(model)} for each person: mean over people"
+        tables.append(table(title, ["photos", "attackers", "recognised", "ISM"], rows))
+    return tables
+
+
+def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
+    """Seconds and memory of protecting and of attacking."""
+    rows = []
+    protections = _grouped(records, lambda record: (record["cell"]["protection"], record["cell"]["levels"]))
+    for (protection, _), cells in sorted(protections.items()):
+        if protection != "none":
+            took = statistics.median(record["seconds"].get("protection", 0) for record in cells)
+            rows.append([f"protecting a person's photos: {protection}", f"{took:.1f} s", ""])
+    attacks = _grouped(records, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
+    for (method, preset), cells in sorted(attacks.items()):
+        training, drawing = (
+            statistics.median(record["seconds"].get(part, 0) for record in cells) for part in ("training", "drawing")
+        )
+        memory = [record["peak_memory_gb"] for record in cells if record["peak_memory_gb"] is not None]
+        rows.append(
+            [
+                f"attacking: {method} ({preset})",
+                f"{training:.0f} s, and {drawing:.0f} s to draw",
+                f"{max(memory):.1f} GB" if memory else "",
+            ]
+        )
+    return table("What it takes: medians, and the most memory", ["", "time", "memory"], rows)
+
+
+def _condition(record: Mapping[str, Any]) -> str:
+    return json.dumps([record["cell"][key] for key in CONDITION])
+
+
+def _mean(records: Sequence[dict[str, Any]], figure: str) -> str:
+    values = list(person_means(records, figure).values())
+    if not values:
+        return ""
+    style = ".0%" if records[0]["figures"][figure]["percent"] else ".2f"
+    return f"{sum(values) / len(values):{style}}"
 
 
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -118,13 +230,14 @@ def describe(cell: Mapping[str, Any]) -> str:
     name = cell["protection_settings"].get("name", "bundled")
     if name != "bundled":
         parts[0] += f" ({name})"
-    parts += [_describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
+    parts += [describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
     return ", then ".join(parts)
 
 
-def _describe_transform(spec: Any) -> str:
+def describe_transform(spec: Any) -> str:
+    """A transform as data, in words."""
     if isinstance(spec, list):
-        return ", then ".join(map(_describe_transform, spec))
+        return ", then ".join(map(describe_transform, spec))
     if isinstance(spec, str):
         return spec
     arguments = " ".join(f"{key} {value}" for key, value in spec.items() if key != "name")

@@ -52,6 +52,7 @@ class BenchmarkConfig:
         num_inference_steps, guidance_scale: of drawing them; null for those of the attacker's class pictures.
         metrics: names of `METRICS`.
         resolution: side in pixels of the photos, as squares, that are published.
+        people: how many of them, the first by name, unless the command line names some; null for all.
     """
 
     model: str
@@ -66,10 +67,11 @@ class BenchmarkConfig:
     guidance_scale: float | None = None
     metrics: tuple[str, ...] = tuple(sorted(METRICS))
     resolution: int = 512
+    people: int | None = None
 
     def __post_init__(self):
         check_types(self)
-        check_at_least_one(self, "count", "resolution")
+        check_at_least_one(self, "count", "resolution", *(["people"] if self.people is not None else []))
         for name, kind in (("conditions", dict), ("attackers", dict), ("prompts", str), ("seeds", int)):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not values or not all(isinstance(value, kind) for value in values):
@@ -137,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run what is missing; a cell that fails is named, and does not stop the others."""
     config = load_config(arguments)
     found = find_people(arguments.people, arguments.only, needs_own=_has(config, "aspl"))
-    people = {person.name: person for person in found}
+    people = {person.name: person for person in (found if arguments.only else found[: config.people])}
     results = Path(arguments.output)
     check_results(results)
     index, count = read_shard(arguments.shard)

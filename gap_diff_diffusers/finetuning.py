@@ -170,14 +170,9 @@ class DreamBooth:
 
     def step(self) -> float:
         """One optimizer step; returns its loss."""
-        config, generator = self.config, self.generator
-        latents = [_draw(self.posteriors, config.train_batch_size, generator)]
-        if self.class_posteriors is not None:
-            latents.append(_draw(self.class_posteriors, config.prior_batch_size, generator))
-        counts = [len(part) for part in latents]
-        latents = torch.cat(latents)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = self.surrogate.draw_timesteps(len(latents), generator)
+        config = self.config
+        latents, noise, timesteps = self.draw_batch()
+        counts = [config.train_batch_size, len(latents) - config.train_batch_size][: len(self.prompts)]
         with self._learning():
             with self._autocast():
                 embedding = self.embedding
@@ -207,6 +202,15 @@ class DreamBooth:
                 f"the loss is {value}; lower the learning rate of {config.learning_rate}, or use mixed_precision no"
             )
         return value
+
+    def draw_batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step's unscaled latents (N,C,h,w), of photos and then of the class, their noise and timesteps."""
+        latents = [_draw(self.posteriors, self.config.train_batch_size, self.generator)]
+        if self.class_posteriors is not None:
+            latents.append(_draw(self.class_posteriors, self.config.prior_batch_size, self.generator))
+        latents = torch.cat(latents)
+        noise = torch.randn(latents.shape, generator=self.generator)
+        return latents, noise, self.surrogate.draw_timesteps(len(latents), self.generator)
 
     def train(self, progress: bool = True) -> list[float]:
         """All steps; returns the losses."""

@@ -6,9 +6,13 @@ import csv
 import io
 import json
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +22,8 @@ from PIL import Image
 from test_benchmark_surrogate import model  # noqa: F401
 from test_metrics import ASTRONAUT
 
-from gap_diff_diffusers import benchmark_report, benchmark_run
+from gap_diff_diffusers import benchmark_printed, benchmark_report, benchmark_run
+from gap_diff_diffusers.benchmark_plots import draw_grids, draw_plots
 from gap_diff_diffusers.benchmark_run import BenchmarkConfig, Inputs, all_cells, all_groups, expand, missing
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.protections import anti_dreambooth
@@ -93,9 +98,15 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     again = json.loads((results / name).read_text())
     assert again["figures"] == json.loads(cells[name])["figures"]
 
-    assert main(["benchmark", "report", str(results), "--output", str(tmp_path / "report")]) == 0
+    report = ["benchmark", "report", str(results), "--output", str(tmp_path / "report")]
+    assert main([*report, "--pictures", str(tmp_path / "pictures")]) == 0
     text = capsys.readouterr().out
-    assert text == (tmp_path / "report" / "report.md").read_text()
+    written = (tmp_path / "report" / "report.md").read_text()
+    assert written.startswith(text)
+    shown = re.findall(r"!\[\]?[^\]]*\]\(([^)]+)\)", written)
+    assert len(shown) == 6 and all((tmp_path / "report" / name).is_file() for name in shown)
+    grid = Image.open(tmp_path / "report" / "pictures-1-first.png")
+    assert grid.size == (2 * 64, 3 * (64 + 20))  # three conditions, with a line above each
     assert (
         "| gap-diff, 8 levels (checkpoint0), then jpeg quality 70 | 2 |" in text
         and '"a dslr portrait of sks person"' in text
@@ -136,6 +147,48 @@ def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
     assert main(command) == 0
     after = {path: path.read_bytes() for path in results.glob("*.json")}
     assert len(after) == 12 and all(after[path] == content for path, content in before.items())
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(command, tmp_path):
+    results, whole = tmp_path / "results", tmp_path / "whole"
+    run = [sys.executable, "-m", "gap_diff_diffusers", *command]
+    started = time.perf_counter()
+    subprocess.run([*run, "--output", str(whole)], check=True)
+    duration = time.perf_counter() - started
+    moments, seen, halves = random.Random(0), {}, 0
+    for _ in range(20):
+        process = subprocess.Popen(run)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moments.uniform(0.3, 1) * duration)
+        process.kill()
+        process.wait()
+        files = {path.name: path.read_bytes() for path in results.glob("*.json")}
+        assert all(files[name] == content for name, content in seen.items())
+        assert all(json.loads(content)["figures"] for content in files.values())
+        halves += len(seen) < len(files) < 12
+        seen = files
+        if len(files) == 12:
+            shutil.rmtree(results)
+            seen = {}
+    assert halves > 2  # some were killed in the middle
+    assert main(command) == 0
+    assert {path.name for path in results.iterdir()} == {path.name for path in whole.iterdir()}  # nothing else is left
+    for path in whole.iterdir():
+        ours, theirs = (json.loads((folder / path.name).read_text()) for folder in (results, whole))
+        assert ours["figures"] == theirs["figures"] and ours["cell"] == theirs["cell"]
+
+
+def test_a_config_can_take_the_first_people_alone(command, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"people": 1, "prompts": ["a photo of {}"]}))
+    assert main(command) == 0
+    assert {path.name.split("-")[0] for path in (tmp_path / "results").iterdir()} == {"first"}
+    shutil.rmtree(tmp_path / "results")
+    assert main([*command, "--only", "second"]) == 0
+    assert {path.name.split("-")[0] for path in (tmp_path / "results").iterdir()} == {"second"}
+    config.write_text(json.dumps(CONFIG | {"people": 0}))
+    assert main(command) == 2 and "people" in capsys.readouterr().err
 
 
 def test_conditions_are_the_product_of_what_they_list():
@@ -303,7 +356,8 @@ def test_a_report_has_means_over_people_not_over_cells():
     assert "| clean | 2 | 50% (0% to 100%) | 0.50 (0.50 to 0.50) |" in text
     assert "| gap-diff, 8 levels | 1 | 25% | none |" in text
     assert "| clean | 100% | 0% |" in text and "| gap-diff, 8 levels | 25% |  |" in text
-    assert "training 100; peak memory 1.5 GB" in text
+    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw | 1.5 GB |" in text
+    assert "worst" not in text
     rows = list(csv.DictReader(io.StringIO(benchmark_report.to_csv(records))))
     assert len(rows) == 10 and rows[-1]["mean"] == "" and rows[-1]["undefined"] == "1"
 
@@ -344,3 +398,62 @@ def test_the_interval_holds_the_mean_and_narrows_with_people():
     narrow = benchmark_report.bootstrap_interval(many)
     assert narrow[1] - narrow[0] < 0.5 * (high - low)
     assert benchmark_report.bootstrap_interval(few) == (low, high)
+
+
+def test_the_worst_attacker_is_each_persons_own():
+    records = [record("a", 0.8), record("b", 0.2), record("a", 0.1, method="lora"), record("b", 0.6, method="lora")]
+    records += [record("a", 0.3, protection="gap-diff")]
+    text = benchmark_report.to_markdown(records)
+    assert "| clean | 2 | 70% | 0.50 |" in text and "| gap-diff, 8 levels | 1 | 30% | 0.50 |" in text
+
+
+def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
+    assert benchmark_report.papers_tables([record("a", 1.0)]) == ""
+    prompts = ["a photo of sks person", "a photo of sks person in front of eiffel tower"]
+    text = benchmark_report.papers_tables([record("a", 1.0, prompt=prompt) for prompt in prompts])
+    header = text.splitlines()[2]
+    columns = [part.strip() for part in header.strip("|").split("|")]
+    assert columns[1:5] == [f"A: {figure}" for figure in benchmark_printed.FIGURES]
+    assert "D: FDFR" in header and "B: FDFR" not in header
+    assert "| ours: clean |  | 0.50 |  |  |  | 0.50 |  |  |" in text
+    assert "| printed, first table: GAP-Diff | 78% | 0.25 | 42.04 | 0.23 | 73% | 0.08 | 41.69 | 0.08 |" in text
+    for methods in benchmark_printed.TABLES.values():
+        for figures in methods.values():
+            assert list(figures) == list("ABCD")
+            assert all(len(values) == 4 and values[0] > 1 > values[1] for values in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "letter"),
+    [
+        ("a photo of sks person", "A"),
+        ("a dslr portrait of sks person", "B"),
+        ("a photo of <new1> person looking at the mirror", "C"),
+        ("a photo of person in front of eiffel tower", "D"),
+        ("a painting of sks person", None),
+        ("a photo of sks person in a garden by the sea", None),
+    ],
+)
+def test_prompts_of_the_paper_are_known_by_their_words(prompt, letter):
+    assert benchmark_printed.letter(prompt) == letter
+
+
+def test_curves_are_drawn_where_there_are_several_points(tmp_path):
+    def kinds(records):
+        return sorted({path.stem.split("-")[0] for path in draw_plots(records, tmp_path)})
+
+    assert kinds([record("a", 1.0), record("b", 0.5)]) == ["conditions"]
+    jpegs = [record("a", 0.5, publishing={"name": "jpeg", "quality": quality}) for quality in (50, 90)]
+    assert kinds(jpegs) == ["conditions", "jpeg"]
+    assert kinds([*jpegs[:1], record("a", 1.0, publishing={"name": "webp", "quality": 50})]) == ["conditions"]
+    budgets = [record("a", 0.5, protection="gap-diff", levels=levels, fdfr=1) for levels in (4, 8, 16)]
+    assert kinds(budgets) == ["budget", "conditions"]
+    first = (tmp_path / "budget-1.svg").read_bytes()
+    kinds(budgets)
+    assert (tmp_path / "budget-1.svg").read_bytes() == first
+
+
+def test_grids_need_pictures(tmp_path):
+    with pytest.raises(ValueError, match="expected pictures of these cells"):
+        draw_grids([record("a", 1.0)], tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

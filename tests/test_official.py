@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_attackers import draw
+from test_benchmark_surrogate import model  # noqa: F401
 from test_finetuning import changed, weights
 from test_surrogates_diffusion import sdxl
 
 from gap_diff_diffusers import StableDiffusionXLSurrogate
 from gap_diff_diffusers.attackers import ATTACKERS, official
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig
 
 OFFICIAL = sorted(name for name in ATTACKERS if name.startswith("official:"))
 SETTINGS = {"resolution": 64, "max_train_steps": 2, "num_class_images": 2, "train_batch_size": 1}
@@ -103,19 +105,51 @@ def test_scripts_are_fetched_once_and_checked(tmp_path, monkeypatch, capsys):
     assert main(["fetch-attackers", "--tag", "v0.1"]) == 2
 
 
+@pytest.fixture
+def examples(monkeypatch):
+    """The folder of the scripts, that find torchvision's stand-in."""
+    folder = Path(CHECKOUT) if CHECKOUT else official.cache_folder("v0.40.0")
+    if not (folder / "examples").is_dir():
+        pytest.skip("run gap-diff fetch-attackers first, or set DIFFUSERS_CHECKOUT")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "torchvision_stub"), prepend=os.pathsep)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_dreambooth_loses_what_the_script_loses(surrogate, images, examples, tmp_path, monkeypatch):
+    """At every step, given the script's own draws; and in the end the weights are the same."""
+    settings = {"max_train_steps": 30, "learning_rate": 2e-3, "train_batch_size": 2, "num_class_images": 4}
+    settings |= {"resolution": 64, "train_text_encoder": "yes"}
+    monkeypatch.setenv("RECORD_TRAINING", str(tmp_path / "recorded.pt"))
+    theirs = copy.deepcopy(surrogate)
+    script = ATTACKERS.load("official:dreambooth")(diffusers_examples=examples, **settings)
+    script(theirs, images, class_images=images.flip(3), progress=False)
+    recorded = torch.load(tmp_path / "recorded.pt", weights_only=True)
+
+    class Replayed(DreamBooth):
+        drawn = zip(recorded["latents"], recorded["noise"], recorded["timesteps"], strict=True)
+
+        def draw_batch(self):
+            return next(self.drawn)
+
+    config = DreamBoothConfig(**settings | {"prior_batch_size": 2})
+    losses = Replayed(surrogate, images, config, class_images=images.flip(3)).train(progress=False)
+    expected = torch.stack(recorded["loss"])
+    assert len(expected) == 30 and expected.std() > 0.01
+    torch.testing.assert_close(torch.tensor(losses), expected, rtol=0.02, atol=0)
+    for ours, their in zip(surrogate.denoiser.parameters(), theirs.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(ours, their, atol=1e-3, rtol=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path, monkeypatch):
-    folder = Path(CHECKOUT) if CHECKOUT else official.cache_folder("v0.40.0")
+def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path, examples):
     settings = SETTINGS | {"learning_rate": 0.05}
     if name == "official:custom-diffusion":
         settings["extra_arguments"] = ("--noaug",)  # it shrinks 64 px until no mask is left
-    attacker = ATTACKERS.load(name)(diffusers_examples=str(folder), **settings)
-    if not (folder / "examples" / attacker.script).is_file():
-        pytest.skip("run gap-diff fetch-attackers first, or set DIFFUSERS_CHECKOUT")
-    script = (folder / "examples" / attacker.script).read_bytes()
+    attacker = ATTACKERS.load(name)(diffusers_examples=examples, **settings)
+    script = attacker.find_script().read_bytes()
     assert hashlib.sha256(script).hexdigest() == official.RELEASES["v0.40.0"][attacker.script]
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "torchvision_stub"), prepend=os.pathsep)
     if name == "official:lora-sdxl":
         surrogate = StableDiffusionXLSurrogate(sdxl(), name="tiny")
     before = copy.deepcopy(surrogate)
@@ -129,3 +163,15 @@ def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path
     attacker.save(pipeline, tmp_path / "saved")
     loaded = type(pipeline).from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
+def test_attackers_are_timed_against_the_script(model, photos, checkout, tmp_path, capsys):  # noqa: F811
+    command = ["benchmark", "attackers", "--photos", str(photos), "--model", model, "--resolution", "64"]
+    command += ["--steps", "1", "--diffusers_examples", str(checkout), "--output", str(tmp_path / "figures.json")]
+    assert main(command) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ratio"] == pytest.approx(
+        figures["seconds"]["official:dreambooth"] / figures["seconds"]["dreambooth"]
+    )
+    assert "| official:dreambooth |" in capsys.readouterr().out
+    assert main([*command, "--steps", "0"]) == 2
