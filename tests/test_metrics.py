@@ -1,5 +1,7 @@
 """Faces and identities, with dlib and its real weights, on the example photo."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 from PIL import Image
 
 import gap_diff_diffusers
+from gap_diff_diffusers.benchmark_identities import area_under_curve
+from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.data import face_square, load_face
 from gap_diff_diffusers.faces import find_faces
 from gap_diff_diffusers.images import PhotoError
@@ -99,3 +103,27 @@ def test_a_missing_backend_names_the_extra(monkeypatch):
     for needs_it in (DlibFaces, lambda: find_faces(np.zeros((50, 50, 3), np.uint8))):
         with pytest.raises(ImportError, match=r"gap_diff_diffusers\[metrics\]"):
             needs_it()
+
+
+def test_the_area_under_a_curve_counts_pairs():
+    assert area_under_curve([3, 4], [1, 2]) == 1 and area_under_curve([1, 2], [3, 4]) == 0
+    assert area_under_curve([1, 3], [2, 2]) == 0.5 and area_under_curve([2], [2]) == 0.5
+    with pytest.raises(ValueError, match="at least two people"):
+        area_under_curve([], [1])
+
+
+def test_identities_are_told_apart_by_the_command(tmp_path, capsys):
+    """Mirrored, a face is less like itself."""
+    photo = Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 356, 256))
+    for name, image in (("one", photo), ("two", photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
+        for index, part in enumerate(("set_A", "set_B", "set_C")):
+            (tmp_path / "people" / name / part).mkdir(parents=True)
+            image.resize((256 + 8 * index, 256)).save(tmp_path / "people" / name / part / "0.png")
+    command = ["benchmark", "identities", "--people", str(tmp_path / "people")]
+    assert main([*command, "--output", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert set(figures) == {"ISM", "distance"}
+    assert all(f["same"] == 4 and f["others"] == 4 and f["auc"] > 0.5 for f in figures.values())
+    assert f"| ISM | {figures['ISM']['auc']:.4f} |" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "people" / "two")
+    assert main(command) == 2 and "at least two people" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from gap_diff_diffusers import (
 )
 from gap_diff_diffusers.budget import budget_levels
 from gap_diff_diffusers.images import Photo, resize_pixels
-from gap_diff_diffusers.models.gap_diff_generator import photo_signs
+from gap_diff_diffusers.models.gap_diff_generator import photo_keys
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +446,7 @@ def test_generator_refuses_shapes(make_generator, shape):
         ({"channels": (8, 8), "layers_per_block": (1,)}, "as many channels"),
         ({"architecture": "paper", "channels": (8, 8)}, "one number"),
         ({"architecture": "paper"}, "one number"),
-        ({"architecture": "paper", "channels": (8,), "keyed_sign": True}, "keyed_sign"),
+        ({"architecture": "paper", "channels": (8,), "keyed_grid": True}, "keyed_grid"),
     ],
     ids=str,
 )
@@ -492,26 +492,36 @@ def test_the_border_is_like_the_interior(make_generator):
 
 
 # --- The discriminator ---------------------------------------------------------------------------------------------
-def test_a_keyed_sign_is_the_photos_own(make_generator):
-    """As balanced as coins, the same at any resolution and beside any other photo; and the mean of many is near 0."""
-    photos = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_keys_are_the_photos_own():
+    """As balanced as dice, the same at any resolution and beside any other photo."""
+    photos = torch.rand(90, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     small = torch.nn.functional.interpolate(photos, (32, 32), mode="bilinear")
     large = torch.nn.functional.interpolate(small, (64, 64), mode="nearest")
-    signs = photo_signs(small)
-    assert signs.shape == (64, 1, 1, 1) and set(signs.unique().tolist()) == {-1, 1} and signs.mean().abs() < 0.4
-    assert torch.equal(photo_signs(large), signs) and torch.equal(photo_signs(small[5:6]), signs[5:6])
-    assert (photo_signs((small * 255).round() / 255) == signs).sum() >= 62
+    keys = photo_keys(small, 3)
+    assert keys.shape == (90, 2) and len({tuple(key) for key in keys.tolist()}) == 9
+    assert all(15 < count < 45 for column in keys.T for count in torch.bincount(column).tolist())
+    assert torch.equal(photo_keys(large, 3), keys) and torch.equal(photo_keys(small[5:6], 3), keys[5:6])
+    assert (photo_keys((small * 255).round() / 255, 3) == keys).float().mean() > 0.95
 
-    plain, keyed = make_generator(), make_generator(keyed_sign=True)
-    torch.testing.assert_close(keyed(small), signs * plain(small), atol=1e-5, rtol=0)
-    means = [
-        generator(small).mean(0).square().mean() / generator(small).square().mean() for generator in (plain, keyed)
-    ]
-    assert means[1] < 0.1 < means[0]
+
+def test_a_keyed_grid_begins_where_the_photo_says(make_generator):
+    """One block of 8 px earlier or later: as without a key on the photo that begins there, but for its edges."""
+    plain, keyed = make_generator(), make_generator(keyed_grid=True)
+    for generator in (plain, keyed):  # what the whole photo adds is of another photo there
+        generator.network.summary[-1].weight.data.zero_()
+    photos = (torch.nn.functional.interpolate(noise(12, 8, 8), (320, 320)) + noise(12, 320, 320)) / 2
+    keys = photo_keys(photos, 3).tolist()
+    assert len({tuple(key) for key in keys}) > 4
     with torch.no_grad():
-        keyed.network.sign_embedding += 1
-    moved = keyed(small) - signs * plain(small)
-    assert moved.abs().amax(dim=(1, 2, 3)).min() > 1e-3
+        drawn = keyed(photos)
+        for photo, (top, left), perturbation in zip(photos, keys, drawn):
+            torch.testing.assert_close(keyed(photo[None])[0], perturbation, atol=1e-5, rtol=0)
+            # This network's blocks are of 16 px, so a grid that begins 8 px earlier is one that begins 8 px later.
+            rows, columns = (8 * (1 - key) % 16 for key in (top, left))
+            elsewhere = plain(photo[None, :, rows:, columns:])[0]
+            inside = slice(136, 184)
+            shifted = elsewhere[:, 136 - rows : 184 - rows, 136 - columns : 184 - columns]
+            torch.testing.assert_close(perturbation[:, inside, inside], shifted, atol=1e-4, rtol=0)
 
 
 def test_discriminator():

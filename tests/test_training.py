@@ -355,21 +355,12 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
     assert refused.returncode != 0 and "from 0 to 1, got 2" in refused.stderr
 
 
-def test_weights_without_a_keyed_sign_can_learn_one(photos, encoder, tmp_path):
+def test_weights_without_a_keyed_grid_can_get_one(photos, encoder, tmp_path):
     first = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "first"))
     GAPDiffProtectionPipeline(first.generator).save_pretrained(tmp_path / "plain", include_remote_code=False)
-    path = tmp_path / "plain" / "generator" / "config.json"
-    saved = json.loads(path.read_text())
-    del saved["keyed_sign"]  # as in checkpoints from before there was one
-    path.write_text(json.dumps(saved))
-    config = make_config(photos, encoder, tmp_path / "second", init_from=str(tmp_path / "plain"), keyed_sign=True)
+    config = make_config(photos, encoder, tmp_path / "second", init_from=str(tmp_path / "plain"), keyed_grid=True)
     trainer = GAPDiffTrainer(config)
-    before = {name: value.clone() for name, value in trainer.generator.state_dict().items()}
+    assert trainer.generator.network.keyed_grid and trainer.generator.config.keyed_grid
     for name, value in first.generator.state_dict().items():
-        assert torch.equal(before[name], value)
-    figures = trainer.train()
-    assert trainer.generator.network.sign_embedding.abs().max() > 0
-    assert trainer.record(figures)["config"]["keyed_sign"] is True
-    GAPDiffProtectionPipeline(trainer.generator).save_pretrained(tmp_path / "keyed", include_remote_code=False)
-    again = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "third", init_from=str(tmp_path / "keyed")))
-    assert again.generator.config.keyed_sign
+        assert torch.equal(trainer.generator.state_dict()[name], value)
+    assert trainer.record({})["config"]["keyed_grid"] is True

@@ -124,24 +124,27 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images.contiguous(), size=tuple(size), mode="bicubic", antialias=True)
 
 
-def pad_by_mirroring(images: torch.Tensor, margin: int, multiple: int) -> torch.Tensor:
-    """Mirror (N,C,H,W) at its edges: at least `margin` on every side, and up to a multiple; any size from 1 px."""
-    for dim in (2, 3):
+def pad_by_mirroring(images: torch.Tensor, before: tuple[int, int], margin: int, multiple: int) -> torch.Tensor:
+    """Mirror (N,C,H,W) at its edges: `before` rows and columns at the top and left, as much at the bottom and right as
+    make two margins of it, and up to a multiple; any size from 1 px."""
+    for dim, first in zip((2, 3), before):
         size = images.shape[dim]
-        after = margin + (-(size + 2 * margin)) % multiple
-        index = torch.arange(-margin, size + after, device=images.device) % (2 * size)
+        length = size + 2 * margin
+        length += -length % multiple
+        index = torch.arange(-first, length - first, device=images.device) % (2 * size)
         images = images.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
     return images
 
 
-def photo_signs(images: torch.Tensor) -> torch.Tensor:
-    """1 or -1 for each photo (N,3,H,W) in [0,1]: (N,1,1,1) float32, by chance, but always the same for the same photo.
+def photo_keys(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Two numbers below `count` for each photo (N,3,H,W) in [0,1]: (N,2), by chance, but the same for the same photo.
 
-    By a checksum of 8 x 8 mean colors that hardly depends on the photo's resolution or on rounding.
+    They are checksums of 8 x 8 mean colors, which hardly depend on the photo's resolution or on rounding.
     """
     colors = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
-    weights = torch.arange(1, colors.shape[1] + 1, device=images.device).square().remainder(31).sub(15).div(10)
-    return torch.where(torch.sin(2 * torch.pi * (colors * weights).sum(1)) < 0, -1.0, 1.0)[:, None, None, None]
+    place = torch.arange(1, colors.shape[1] + 1, device=images.device)
+    weights = torch.stack([place.square() % 31 - 15, (place * 7 + place.square() * 3) % 29 - 14]) / 10
+    return ((colors @ weights.T) % 1 * count).long().clamp(max=count - 1)
 
 
 class CompactUNet(nn.Module):
@@ -160,12 +163,12 @@ class CompactUNet(nn.Module):
         layers_per_block: tuple[int, ...],
         downscale: int,
         output_gain: float,
-        keyed_sign: bool,
+        keyed_grid: bool,
     ):
         super().__init__()
         self.downscale = downscale
         self.output_gain = output_gain
-        self.sign_embedding = nn.Parameter(torch.zeros(channels[0], 1, 1)) if keyed_sign else None
+        self.keyed_grid = keyed_grid
         patch_channels = 3 * self.patch_size**2
         self.conv_in = nn.Conv2d(patch_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -191,11 +194,14 @@ class CompactUNet(nn.Module):
         hidden_states = F.avg_pool2d(images, self.downscale, ceil_mode=True, count_include_pad=False)
         # What zero padding does near the network's edges stays inside the margin, which is cut off again.
         margin, multiple = 8, self.patch_size * 2 ** len(self.downsamplers)
-        hidden_states = pad_by_mirroring(hidden_states, margin, multiple)
+        before = [(margin, margin)] * len(images)
+        if self.keyed_grid:  # the network's grid of blocks begins one block earlier, or later, or neither
+            keys = (photo_keys(images / 2 + 0.5, 3) - 1) * self.patch_size + margin
+            before = [(top, left) for top, left in keys.tolist()]
+        hidden_states = torch.cat(
+            [pad_by_mirroring(h[None], first, margin, multiple) for h, first in zip(hidden_states, before)]
+        )
         hidden_states = self.conv_in(F.pixel_unshuffle(hidden_states, self.patch_size))
-        signs = 1 if self.sign_embedding is None else photo_signs(images / 2 + 0.5).to(images.dtype)
-        if self.sign_embedding is not None:
-            hidden_states = hidden_states + signs * self.sign_embedding
         skips = []
         for block, downsampler in zip(self.down_blocks, self.downsamplers):
             hidden_states = block(hidden_states)
@@ -206,11 +212,13 @@ class CompactUNet(nn.Module):
         for upsampler, block in zip(self.upsamplers, self.up_blocks):
             hidden_states = block(upsampler(hidden_states) + skips.pop())
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        perturbation = signs * torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
+        perturbation = torch.tanh(F.pixel_shuffle(hidden_states, self.patch_size))
         size = (perturbation.shape[-2] * self.downscale, perturbation.shape[-1] * self.downscale)
         perturbation = (self.output_gain * resize(perturbation, size)).clamp(-1, 1).to(images.dtype)
-        top = left = margin * self.downscale
-        return perturbation[..., top : top + height, left : left + width]
+        starts = [(top * self.downscale, left * self.downscale) for top, left in before]
+        return torch.stack(
+            [p[:, top : top + height, left : left + width] for p, (top, left) in zip(perturbation, starts)]
+        )
 
 
 class GAPDiffGenerator(ModelMixin, ConfigMixin):
@@ -224,8 +232,8 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         downscale: compact only: the network works at 1/downscale of the resolution.
         output_gain: compact only: factor after the enlargement to the photo's resolution, which softens the
             perturbation's finest detail; what then exceeds 1 is clipped.
-        keyed_sign: compact only: a checksum of the photo decides on the perturbation's sign, and the network knows it.
-            So what the perturbations of many photos have in common is not their mean, which is near 0.
+        keyed_grid: compact only: a checksum of the photo decides where the network's grid of blocks begins, so that
+            what it draws everywhere is elsewhere in every photo, and the mean of many perturbations holds less of it.
         native_size: side in pixels at which the network was trained to see a face crop; the pipeline computes the
             perturbation of a bigger photo at scales that fit.
         scale_range: how many times longer than the smallest crop that is to be protected a photo may be. 1, as for the
@@ -246,7 +254,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         output_gain: float = 1.0,
         native_size: int = 512,
         scale_range: float = 5.0,
-        keyed_sign: bool = False,
+        keyed_grid: bool = False,
     ):
         super().__init__()
         if architecture == "compact":
@@ -254,12 +262,12 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"expected as many channels as layers_per_block, got {list(channels)} and {list(layers_per_block)}"
                 )
-            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale, output_gain, keyed_sign)
+            self.network = CompactUNet(tuple(channels), tuple(layers_per_block), downscale, output_gain, keyed_grid)
         elif architecture == "paper":
             if len(channels) != 1:
                 raise ValueError(f"expected channels of one number for the paper's U-Net ([64]), got {list(channels)}")
-            if keyed_sign:
-                raise ValueError("expected keyed_sign with the compact architecture, got it with the paper's U-Net")
+            if keyed_grid:
+                raise ValueError("expected keyed_grid with the compact architecture, got it with the paper's U-Net")
             self.network = PaperUNet(channels[0])
         else:
             raise ValueError(f"expected architecture {' or '.join(self.architectures)}, got {architecture!r}")

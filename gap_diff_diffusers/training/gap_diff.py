@@ -69,7 +69,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         init_from: folder of a pipeline to start from, or None for random weights.
         architecture, channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
         output_gain: of `GAPDiffGenerator`, also with `init_from`.
-        keyed_sign: of `GAPDiffGenerator`; weights of `init_from` that have it keep it.
+        keyed_grid: of `GAPDiffGenerator`, also with `init_from`.
         eps: the budget on [0,1].
         rms: root mean square of the perturbation, in levels, above which it costs (6.4 is a PSNR of 32 dB).
         rms_weight, coherence_weight: weights of these losses; the displacement's is 1.
@@ -105,7 +105,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     layers_per_block: tuple[int, ...] = (1, 1, 1)
     downscale: int = 2
     output_gain: float = 1.0
-    keyed_sign: bool = False
+    keyed_grid: bool = False
     eps: float = 8 / 255
     rms: float = 6.1
     rms_weight: float = 4.0
@@ -182,13 +182,11 @@ class GAPDiffTrainer(TrainingLoop):
     def __init__(self, config: GAPDiffTrainingConfig):
         if config.init_from:
             generator = GAPDiffGenerator.from_pretrained(
-                config.init_from, subfolder="generator", output_gain=config.output_gain
+                config.init_from,
+                subfolder="generator",
+                output_gain=config.output_gain,
+                keyed_grid=config.keyed_grid,
             )
-            if config.keyed_sign and not generator.config.keyed_sign:
-                weights = generator.state_dict()
-                settings = {key: value for key, value in generator.config.items() if not key.startswith("_")}
-                generator = GAPDiffGenerator(**settings | {"keyed_sign": True})
-                generator.load_state_dict(weights, strict=False)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
@@ -198,7 +196,7 @@ class GAPDiffTrainer(TrainingLoop):
                     layers_per_block=config.layers_per_block,
                     downscale=config.downscale,
                     output_gain=config.output_gain,
-                    keyed_sign=config.keyed_sign,
+                    keyed_grid=config.keyed_grid,
                     **({"scale_range": 1.0} if config.architecture == "paper" else {}),
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
@@ -389,7 +387,7 @@ class GAPDiffTrainer(TrainingLoop):
         architecture = self.generator.config
         config |= {
             key: architecture[key]
-            for key in ("architecture", "channels", "layers_per_block", "downscale", "keyed_sign")
+            for key in ("architecture", "channels", "layers_per_block", "downscale", "keyed_grid")
         }
         earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
