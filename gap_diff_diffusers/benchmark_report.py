@@ -172,13 +172,16 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
-    """Seconds and memory of protecting and of attacking."""
+    """Seconds and memory of protecting and of attacking, and what protecting does to the looks of photos."""
     rows = []
     protections = _grouped(records, lambda record: (record["cell"]["protection"], record["cell"]["levels"]))
-    for (protection, _), cells in sorted(protections.items()):
+    for (protection, levels), cells in sorted(protections.items()):
         if protection != "none":
             took = statistics.median(record["seconds"].get("protection", 0) for record in cells)
-            rows.append([f"protecting a person's photos: {protection}", f"{took:.1f} s", ""])
+            costs = [record["cost"] for record in cells if record.get("cost")]
+            looks = ("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")
+            shown = [form.format(statistics.mean(c[name] for c in costs)) if costs else "" for name, form in looks]
+            rows.append([f"protecting a person's photos: {protection}, {levels} levels", f"{took:.1f} s", "", *shown])
     attacks = _grouped(records, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
     for (method, preset), cells in sorted(attacks.items()):
         training, drawing = (
@@ -190,9 +193,12 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
                 f"attacking: {method} ({preset})",
                 f"{training:.0f} s, and {drawing:.0f} s to draw",
                 f"{max(memory):.1f} GB" if memory else "",
+                "",
+                "",
             ]
         )
-    return table("What it takes: medians, and the most memory", ["", "time", "memory"], rows)
+    title = "What it takes: median times and the most memory; and how far protected photos are from clean ones"
+    return table(title, ["", "time", "memory", "PSNR", "SSIM"], rows)
 
 
 def _condition(record: Mapping[str, Any]) -> str:

@@ -397,7 +397,7 @@ class _Runner:
             torch.cuda.reset_peak_memory_stats(device)
         attacker = self._make_attacker(cell)
         started = time.perf_counter()
-        photos = self._prepare(cell, person)
+        photos, cost = self._prepare(cell, person)
         prepared = time.perf_counter()
         class_images = self._draw_class(attacker.config)
         drawn = time.perf_counter()
@@ -429,6 +429,7 @@ class _Runner:
             record = {
                 "cell": cell,
                 "figures": {result.name: {"mean": result.mean} | asdict(result) for result in results},
+                "cost": cost,
                 "seconds": {name: round(value, 1) for name, value in seconds.items()},
                 "peak_memory_gb": peak_memory_gb(device),
                 "device": str(device),
@@ -464,13 +465,15 @@ class _Runner:
         return self.class_images[key]
 
     def _prepare(self, cell: Mapping[str, Any], person: Path):
-        """The photos as the attacker has them: protected, published, purified."""
+        """The photos as the attacker has them, protected, published, purified; and how far protected ones are from
+        clean ones, None if they are not protected."""
         import torch
 
-        from .data import list_photos, load_faces
+        from .data import list_photos, load_faces, to_pixels
+        from .images import psnr, ssim
         from .protections.anti_dreambooth import ASPLConfig, aspl
 
-        photos = load_faces(list_photos([person / "set_B"]), cell["resolution"])
+        clean = photos = load_faces(list_photos([person / "set_B"]), cell["resolution"])
         eps = cell["levels"] / 255
         if cell["protection"] == "gap-diff":
             photos = self.protection(photos, eps, output_type="pt").images.cpu()
@@ -479,12 +482,16 @@ class _Runner:
             attack, settings = _attack("dreambooth", self.config.aspl), ASPLConfig(eps=eps, seed=cell["seed"])
             class_images = self._draw_class(attack)
             photos = aspl(self.surrogate, photos, own, settings, attack=attack, class_images=class_images)
+        cost = None
+        if cell["protection"] != "none":
+            pairs = [(to_pixels(moved), to_pixels(photo)) for moved, photo in zip(photos, clean, strict=True)]
+            cost = {measure.__name__: sum(measure(*p) for p in pairs) / len(pairs) for measure in (psnr, ssim)}
         for spec in (cell["publishing"], cell["purification"]):
             if spec is not None:
                 with torch.no_grad():
                     transform = self.transforms[json.dumps(spec)].to(self.surrogate.denoiser.device)
                     photos = transform(photos.to(self.surrogate.denoiser.device)).cpu()
-        return photos
+        return photos, cost
 
 
 def peak_memory_gb(device) -> float | None:

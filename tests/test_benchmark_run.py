@@ -82,6 +82,8 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     record = json.loads(next(iter(cells.values())))
     assert record["cell"]["attack"]["max_train_steps"] == 1 and record["cell"]["model"] == "model"
     assert record["figures"]["FDFR"]["values"] == [1.0, 1.0]  # noise has no face
+    costs = [json.loads(content)["cost"] for content in cells.values()]
+    assert costs.count(None) == 4 and all(30 < cost["psnr"] < 60 and cost["ssim"] < 1 for cost in costs if cost)
     assert record["seconds"]["training"] >= 0 and record["peak_memory_gb"] > 0
     assert str(tmp_path) not in json.dumps(record)
     drawn = {path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
@@ -356,7 +358,7 @@ def test_a_report_has_means_over_people_not_over_cells():
     assert "| clean | 2 | 50% (0% to 100%) | 0.50 (0.50 to 0.50) |" in text
     assert "| gap-diff, 8 levels | 1 | 25% | none |" in text
     assert "| clean | 100% | 0% |" in text and "| gap-diff, 8 levels | 25% |  |" in text
-    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw | 1.5 GB |" in text
+    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw | 1.5 GB |  |  |" in text
     assert "worst" not in text
     rows = list(csv.DictReader(io.StringIO(benchmark_report.to_csv(records))))
     assert len(rows) == 10 and rows[-1]["mean"] == "" and rows[-1]["undefined"] == "1"
