@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"expected a new or empty folder to write to, got {output}")
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
-    preset = arguments.preset or ("face-model" if arguments.model == BUNDLED else "weak")
+    small = arguments.model == BUNDLED and "face-model" in ATTACKERS.load(arguments.method).presets
+    preset = arguments.preset or ("face-model" if small else "weak")
     attacker = make_attacker(arguments.method, preset, arguments.set)
     digest = attacker.script_digest(attacker.config)
     if arguments.save_model:

@@ -104,7 +104,8 @@ def _draw_bars(title: str, conditions: Mapping[str, list], figures: Sequence[str
                 continue
             mean = sum(values) / len(values)
             low, high = bootstrap_interval(values) or (mean, mean)
-            axis.barh(row, mean, color=f"C{row}", xerr=[[mean - low], [high - mean]], capsize=3)
+            errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+            axis.barh(row, mean, color=f"C{row}", xerr=errors, capsize=3)
         axis.set_title(figure)
         if _is_share(conditions, figure):
             axis.set_xlim(0, 1)
@@ -164,6 +165,8 @@ def _jpeg_quality(cell: Mapping[str, Any]) -> tuple[str, float] | None:
     """What was done besides, and the quality of a JPEG whose one argument that is."""
     spec = cell["publishing"]
     if not isinstance(spec, dict) or spec.get("name") != "jpeg" or set(spec) != {"name", "quality"}:
+        return None
+    if not isinstance(spec["quality"], int | float):  # a range
         return None
     return describe({**cell, "publishing": None}), spec["quality"]
 

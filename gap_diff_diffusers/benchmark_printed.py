@@ -63,11 +63,6 @@ TABLES = {
 """{table: {method: {prompt's letter: the figures of `FIGURES`}}}."""
 
 
-def letter(prompt: str) -> str | None:
-    """Which of the four prompts this is, whatever the person is called in it; None if it is another."""
-    for name, pattern in reversed(PROMPTS.items()):
-        before, _, after = pattern.partition("{}")
-        subject = prompt.removeprefix(before).removesuffix(after)
-        if prompt == pattern.replace("{}", subject) and 1 <= len(subject.split()) <= 2:
-            return name
-    return None
+def letter(prompt: str, subject: str) -> str | None:
+    """Which of the four prompts this is, of a person who is called that; None if it is another."""
+    return next((name for name, pattern in PROMPTS.items() if prompt == pattern.replace("{}", subject)), None)

@@ -15,7 +15,7 @@ from typing import Any
 from .config import table
 
 RESAMPLES = 2000
-CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification")
+CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification", "transform_weights")
 """What of a cell says what was done to the photos."""
 OF_PERSON = ("own_photos", "person", "photos", "seed")
 """And what figures are averaged over."""
@@ -42,12 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         folder = Path(arguments.output)
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.csv", to_csv(records).encode())
+        write_atomically(folder / "report.md", text.encode())
         plots = draw_plots(records, folder)
         if arguments.pictures:
             plots += draw_grids(records, Path(arguments.pictures), folder)
         shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
         write_atomically(folder / "report.md", (text + shown).encode())
-        write_atomically(folder / "report.csv", to_csv(records).encode())
     return 0
 
 
@@ -117,16 +118,21 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
     prompt is one of the paper's."""
     from . import benchmark_printed as printed
 
-    records = [record for record in records if printed.letter(record["cell"]["prompt"])]
+    letters_of = {}
+    for record in records:
+        cell = record["cell"]
+        if (subject := _subject(cell)) and (name := printed.letter(cell["prompt"], subject)):
+            letters_of[id(record)] = name
+    records = [record for record in records if id(record) in letters_of]
     records = sorted(records, key=lambda record: _title(record["cell"]))
     tables = []
-    for cells in _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON, "prompt")).values():
-        letters = sorted({printed.letter(record["cell"]["prompt"]) for record in cells})
+    for cells in _grouped(records, _attack).values():
+        letters = sorted({letters_of[id(record)] for record in cells})
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
             row = [f"ours: {condition}"]
             for name in letters:
-                of_prompt = [r for r in of_condition if printed.letter(r["cell"]["prompt"]) == name]
+                of_prompt = [r for r in of_condition if letters_of[id(r)] == name]
                 row += [_mean(of_prompt, figure) for figure in printed.FIGURES]
             rows.append(row)
         for name, methods in printed.TABLES.items():
@@ -139,8 +145,8 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
                 rows.append([f"printed, {name}: {method}", *values])
         cell = cells[0]["cell"]
         title = (
-            f"{cell['method']} ({cell['preset']}) on {cell['model']}, beside what the paper prints of Stable "
-            "Diffusion 2.1 with other detectors: not the levels, only the order of rows can be compared"
+            f"{cell['method']} ({cell['preset']}) on {cell['model']}, beside what the paper prints of DreamBooth of "
+            "Stable Diffusion 2.1 with other detectors: not the levels, only the order of rows can be compared"
         )
         header = [f"{prompt}: {figure}" for prompt in letters for figure in printed.FIGURES]
         tables.append(table(title, ["method", *header], rows))
@@ -151,12 +157,11 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
     """For each model that was attacked in several ways, what the best attack on each person got."""
     tables = []
     for model, cells in _grouped(records, lambda record: json.dumps(record["cell"]["model"])).items():
-        attacks = _grouped(cells, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
-        if len(attacks) < 2:
+        if len(_grouped(cells, _attack)) < 2:
             continue
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
-            by_attack = _grouped(of_condition, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
+            by_attack = _grouped(of_condition, _attack)
             row = [condition, str(len(by_attack))]
             for figure in ("recognised", "ISM"):
                 most: dict[str, float] = {}
@@ -182,8 +187,9 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
             looks = ("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")
             shown = [form.format(statistics.mean(c[name] for c in costs)) if costs else "" for name, form in looks]
             rows.append([f"protecting a person's photos: {protection}, {levels} levels", f"{took:.1f} s", "", *shown])
-    attacks = _grouped(records, lambda record: (record["cell"]["method"], record["cell"]["preset"]))
-    for (method, preset), cells in sorted(attacks.items()):
+    attacks = sorted(_grouped(records, _attack).values(), key=lambda cells: _title(cells[0]["cell"]))
+    for cells in attacks:
+        method, preset = (cells[0]["cell"][name] for name in ("method", "preset"))
         training, drawing = (
             statistics.median(record["seconds"].get(part, 0) for record in cells) for part in ("training", "drawing")
         )
@@ -202,7 +208,17 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _condition(record: Mapping[str, Any]) -> str:
-    return json.dumps([record["cell"][key] for key in CONDITION])
+    return json.dumps([record["cell"].get(key) for key in CONDITION])
+
+
+def _attack(record: Mapping[str, Any]) -> str:
+    return _without(record["cell"], *CONDITION, *OF_PERSON, "prompt")
+
+
+def _subject(cell: Mapping[str, Any]) -> str | None:
+    """What the attacker called the person; None if it learned no word."""
+    word, prompt = cell["attack"].get("rare_token"), cell["attack"].get("instance_prompt", "")
+    return None if word is None else word + prompt.rpartition(word)[2]
 
 
 def _mean(records: Sequence[dict[str, Any]], figure: str) -> str:

@@ -114,12 +114,14 @@ class Inputs:
         checkpoint: of the weights of gap-diff; None if it is not used.
         photos: of every person's set_B and set_C, by name.
         own_photos: of every person's set_A; empty if nobody protects with those.
+        transforms: of the weights of transforms that compute with models, by their settings as JSON.
     """
 
     model: str
     checkpoint: str | None
     photos: dict[str, str]
     own_photos: dict[str, str] = field(default_factory=dict)
+    transforms: dict[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +198,9 @@ def expand(conditions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def all_cells(config: BenchmarkConfig, inputs: Inputs) -> Iterator[dict[str, Any]]:
     """The settings of every cell; those that share an attack, differing in the prompt alone, come together."""
     for condition in expand(config.conditions):
+        steps_after = {name: _portable(condition[name]) for name in ("publishing", "purification")}
+        used = [inputs.transforms.get(json.dumps(spec)) for spec in steps_after.values()]
+        weights = {"transform_weights": used} if any(used) else {}
         protection = {}
         if condition["protection"] == "gap-diff":
             protection = {"name": portable_name(config.checkpoint) or "bundled", "weights": inputs.checkpoint}
@@ -209,6 +214,8 @@ def all_cells(config: BenchmarkConfig, inputs: Inputs) -> Iterator[dict[str, Any
             for person, seed, prompt in itertools.product(inputs.photos, config.seeds, config.prompts):
                 yield {
                     **condition,
+                    **steps_after,
+                    **weights,
                     "protection_settings": protection,
                     "own_photos": inputs.own_photos.get(person) if condition["protection"] == "aspl" else None,
                     "model": portable_name(config.model),
@@ -304,6 +311,15 @@ def find_people(folder: str, only: list[str] | None = None, *, needs_own: bool =
     return people
 
 
+def _portable(spec: Any) -> Any:
+    """A transform's settings without this machine's paths to models."""
+    if isinstance(spec, list):
+        return [_portable(step) for step in spec]
+    if isinstance(spec, dict) and isinstance(spec.get("model"), str):
+        return {**spec, "model": portable_name(spec["model"])}
+    return spec
+
+
 def _has(config: BenchmarkConfig, protection: str) -> bool:
     return any(condition["protection"] == protection for condition in expand(config.conditions))
 
@@ -359,8 +375,8 @@ class _Runner:
         self.transforms = {}
         for condition in expand(config.conditions):
             for spec in (condition["publishing"], condition["purification"]):
-                if spec is not None and json.dumps(spec) not in self.transforms:
-                    self.transforms[json.dumps(spec)] = build_transform(spec).eval()
+                if spec is not None and (key := json.dumps(_portable(spec))) not in self.transforms:
+                    self.transforms[key] = build_transform(spec).eval()
         self.references = {}
         for name, person in people.items():
             self.references[name] = read_images([person / "set_C"])
@@ -381,6 +397,9 @@ class _Runner:
             checkpoint=hash_weights(self.protection.generator) if self.protection else None,
             photos={name: hash_photos([person / "set_B", person / "set_C"]) for name, person in people.items()},
             own_photos={name: hash_photos([person / "set_A"]) for name, person in own.items()},
+            transforms={
+                key: hash_weights(*built.networks) for key, built in self.transforms.items() if built.networks
+            },
         )
         self.class_images: dict[str, Any] = {}
 
@@ -397,7 +416,7 @@ class _Runner:
             torch.cuda.reset_peak_memory_stats(device)
         attacker = self._make_attacker(cell)
         started = time.perf_counter()
-        photos, cost = self._prepare(cell, person)
+        photos, cost, protected = self._prepare(cell, person)
         prepared = time.perf_counter()
         class_images = self._draw_class(attacker.config)
         drawn = time.perf_counter()
@@ -418,7 +437,8 @@ class _Runner:
             reference = self.references[cell["person"]]
             results = [result for metric in self.metrics for result in metric(pictures, reference)]
             seconds = {
-                "protection": prepared - started,
+                "protection": protected - started,
+                "purification": prepared - protected,
                 "class_images": drawn - prepared,
                 "training": trained - drawn,
                 "drawing": after - before,
@@ -465,8 +485,8 @@ class _Runner:
         return self.class_images[key]
 
     def _prepare(self, cell: Mapping[str, Any], person: Path):
-        """The photos as the attacker has them, protected, published, purified; and how far protected ones are from
-        clean ones, None if they are not protected."""
+        """The photos as the attacker has them, protected, published, purified; how far protected ones are from clean
+        ones, None if they are not protected; and the time when they were."""
         import torch
 
         from .data import list_photos, load_faces, to_pixels
@@ -482,7 +502,7 @@ class _Runner:
             attack, settings = _attack("dreambooth", self.config.aspl), ASPLConfig(eps=eps, seed=cell["seed"])
             class_images = self._draw_class(attack)
             photos = aspl(self.surrogate, photos, own, settings, attack=attack, class_images=class_images)
-        cost = None
+        protected, cost = time.perf_counter(), None
         if cell["protection"] != "none":
             pairs = [(to_pixels(moved), to_pixels(photo)) for moved, photo in zip(photos, clean, strict=True)]
             cost = {measure.__name__: sum(measure(*p) for p in pairs) / len(pairs) for measure in (psnr, ssim)}
@@ -491,7 +511,7 @@ class _Runner:
                 with torch.no_grad():
                     transform = self.transforms[json.dumps(spec)].to(self.surrogate.denoiser.device)
                     photos = transform(photos.to(self.surrogate.denoiser.device)).cpu()
-        return photos, cost
+        return photos, cost, protected
 
 
 def peak_memory_gb(device) -> float | None:

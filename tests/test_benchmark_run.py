@@ -403,6 +403,8 @@ def test_the_interval_holds_the_mean_and_narrows_with_people():
 
 
 def test_the_worst_attacker_is_each_persons_own():
+    others = [record("a", 0.1), record("a", 0.9, attack={"seed": 0, "max_train_steps": 2})]
+    assert "| clean | 2 | 90% | 0.50 |" in benchmark_report.to_markdown(others)
     records = [record("a", 0.8), record("b", 0.2), record("a", 0.1, method="lora"), record("b", 0.6, method="lora")]
     records += [record("a", 0.3, protection="gap-diff")]
     text = benchmark_report.to_markdown(records)
@@ -412,7 +414,9 @@ def test_the_worst_attacker_is_each_persons_own():
 def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
     assert benchmark_report.papers_tables([record("a", 1.0)]) == ""
     prompts = ["a photo of sks person", "a photo of sks person in front of eiffel tower"]
-    text = benchmark_report.papers_tables([record("a", 1.0, prompt=prompt) for prompt in prompts])
+    learned = {"seed": 0, "rare_token": "sks", "instance_prompt": "a photo of sks person"}
+    assert benchmark_report.papers_tables([record("a", 1.0, prompt=prompts[0])]) == ""  # it learned no word
+    text = benchmark_report.papers_tables([record("a", 1.0, prompt=prompt, attack=learned) for prompt in prompts])
     header = text.splitlines()[2]
     columns = [part.strip() for part in header.strip("|").split("|")]
     assert columns[1:5] == [f"A: {figure}" for figure in benchmark_printed.FIGURES]
@@ -426,18 +430,30 @@ def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "letter"),
+    ("prompt", "subject", "letter"),
     [
-        ("a photo of sks person", "A"),
-        ("a dslr portrait of sks person", "B"),
-        ("a photo of <new1> person looking at the mirror", "C"),
-        ("a photo of person in front of eiffel tower", "D"),
-        ("a painting of sks person", None),
-        ("a photo of sks person in a garden by the sea", None),
+        ("a photo of sks person", "sks person", "A"),
+        ("a dslr portrait of sks person", "sks person", "B"),
+        ("a photo of <new1> person looking at the mirror", "<new1> person", "C"),
+        ("a photo of <person> in front of eiffel tower", "<person>", "D"),
+        ("a painting of sks person", "sks person", None),
+        ("a photo of <person> smiling", "<person>", None),
     ],
 )
-def test_prompts_of_the_paper_are_known_by_their_words(prompt, letter):
-    assert benchmark_printed.letter(prompt) == letter
+def test_prompts_of_the_paper_are_known_by_their_words(prompt, subject, letter):
+    assert benchmark_printed.letter(prompt, subject) == letter
+
+
+def test_the_weights_of_a_purifier_are_part_of_the_cell_and_paths_are_not(tmp_path):
+    spec = {"name": "diffpure", "model": str(tmp_path / "model")}
+    config = make_config(conditions=[{"protection": "none", "purification": ["adverse_cleaner", spec]}])
+    key = json.dumps({"name": "diffpure", "model": "model"})
+    names = []
+    for weights in ("1", "2"):
+        cells = list(all_cells(config, replace(INPUTS, transforms={key: weights})))
+        names.append({benchmark_run.cell_path(tmp_path, cell).name for cell in cells})
+        assert str(tmp_path) not in json.dumps(cells)
+    assert len(names[0] & names[1]) == len(names[0]) / 2  # those of the cleaner, which has none
 
 
 def test_curves_are_drawn_where_there_are_several_points(tmp_path):
@@ -447,6 +463,8 @@ def test_curves_are_drawn_where_there_are_several_points(tmp_path):
     assert kinds([record("a", 1.0), record("b", 0.5)]) == ["conditions"]
     jpegs = [record("a", 0.5, publishing={"name": "jpeg", "quality": quality}) for quality in (50, 90)]
     assert kinds(jpegs) == ["conditions", "jpeg"]
+    assert kinds([*jpegs, record("a", 0.5, publishing={"name": "jpeg", "quality": [50, 90]})])[-1] == "jpeg"
+    assert kinds([record(str(person), 0.1) for person in range(8)]) == ["conditions"]  # all alike, but for rounding
     assert kinds([*jpegs[:1], record("a", 1.0, publishing={"name": "webp", "quality": 50})]) == ["conditions"]
     budgets = [record("a", 0.5, protection="gap-diff", levels=levels, fdfr=1) for levels in (4, 8, 16)]
     assert kinds(budgets) == ["budget", "conditions"]

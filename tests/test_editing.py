@@ -80,11 +80,30 @@ def test_the_stronger_the_less_is_left_of_the_photo(surrogate, images):
     assert left == sorted(left, reverse=True) and left[-1] < 0.5 * left[0]
 
 
-def test_inpainting_keeps_the_middle(surrogate, images):
-    attacker = ATTACKERS.load("inpainting")(**SMALL | {"kept": 0.5})
-    mask = attacker.editor_arguments(images)["mask_image"]
+def test_inpainting_keeps_what_it_is_told_to():
+    mask = ATTACKERS.load("inpainting")(**SMALL | {"kept": 0.5}).editor_arguments(torch.zeros(4, 3, 64, 64))[
+        "mask_image"
+    ]
     assert mask.shape == (4, 1, 64, 64) and mask.mean() == 0.75
     assert mask[:, :, 16:48, 16:48].max() == 0 and mask[:, :, :16].min() == 1
+
+
+def test_where_nothing_is_kept_the_photo_does_not_matter(surrogate, images):
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "seed": 0, "progress": False}
+    moved = []
+    for kept in (0.0, 0.5):
+        attacker = ATTACKERS.load("inpainting")(**SMALL | {"kept": kept})
+        drawn = [
+            attacker.draw(surrogate.pipeline, photos, "a photo", 4, **settings) for photos in (images, 1 - images)
+        ]
+        moved.append((drawn[0] - drawn[1]).abs().max().item())
+    assert moved[0] < 1e-5 and moved[1] > 1e-3
+
+
+def test_inpainting_wants_latents_of_four_channels(model, person, tmp_path, capsys):  # noqa: F811
+    command = ["attack", str(person), "-o", str(tmp_path / "out"), "--method", "inpainting"]
+    assert main(command) == 2  # of the model that ships, which has 8
+    assert "4 or 9 input channels to inpaint with, got 8; use sdedit" in capsys.readouterr().err
 
 
 def test_the_loss_of_an_instructed_model_is_that_of_its_example(instructed, images):
@@ -117,11 +136,20 @@ def test_what_editing_refuses(surrogate, instructed, images, model, person, tmp_
         ATTACKERS.load("instruct-pix2pix")(**SMALL)(copy.copy(surrogate), images)
     with pytest.raises(ValueError, match="image to image in diffusers, got a StableDiffusionInstructPix2PixPipeline"):
         ATTACKERS.load("sdedit")(**SMALL)(instructed, images)
+    with pytest.raises(ValueError, match="draws by a prompt alone, got one that edits by instructions"):
+        ATTACKERS.load("dreambooth")(resolution=64)(instructed, images)
+    with pytest.raises(ValueError, match=r"at least 2 for a strength of 0\.5, got 1"):
+        ATTACKERS.load("sdedit")(**SMALL, strength=0.5).draw(
+            surrogate.pipeline, images, "a", 1, num_inference_steps=1, guidance_scale=1.0, seed=0
+        )
     command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--method", "sdedit"]
     for options, message in (
         (["--save-model"], "learns something to save"),
         (["--set", "strength=0"], "strength above 0"),
         (["--set", "strength=0.1", "num_inference_steps=4"], "num_inference_steps of at least 10"),
+        (["--set", "strength=0.3", "num_inference_steps=3"], "num_inference_steps of at least 4"),
+        (["--set", "resolution=100"], "multiple of 8, got 100"),
+        (["--method", "instruct-pix2pix", "--set", "image_guidance_scale=0.5"], "image_guidance_scale of at least 1"),
     ):
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -130,7 +158,7 @@ def test_what_editing_refuses(surrogate, instructed, images, model, person, tmp_
 def test_presets_of_editing():
     for name in EDITING:
         attacker = ATTACKERS.load(name)
-        assert {"weak", "strong", "face-model"} <= set(attacker.presets)
+        assert {"weak", "strong"} <= set(attacker.presets)
         assert all(type(preset) is attacker.config_class for preset in attacker.presets.values())
     strengths = [ATTACKERS.load("sdedit")(preset).config.strength for preset in ("weak", "middle", "strong")]
     assert strengths == [0.3, 0.5, 0.7]

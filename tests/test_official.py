@@ -167,7 +167,7 @@ def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path
 
 def test_attackers_are_timed_against_the_script(model, photos, checkout, tmp_path, capsys):  # noqa: F811
     command = ["benchmark", "attackers", "--photos", str(photos), "--model", model, "--resolution", "64"]
-    command += ["--steps", "1", "--diffusers_examples", str(checkout), "--output", str(tmp_path / "figures.json")]
+    command += ["--steps", "12", "--diffusers_examples", str(checkout), "--output", str(tmp_path / "figures.json")]
     assert main(command) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ratio"] == pytest.approx(

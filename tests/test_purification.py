@@ -11,6 +11,7 @@ from diffusers import (
     UNet2DModel,
 )
 from kornia.metrics import ssim
+from test_surrogates_diffusion import flux, sd3
 
 from gap_diff_diffusers.transforms import build_transform
 from gap_diff_diffusers.transforms.diffusion_purification import DiffPure, GrIDPure, Impress, Upscale
@@ -65,6 +66,19 @@ def test_the_further_the_noise_the_less_is_left_of_the_photo(drawing, images):
         transform = DiffPure(drawing, timestep=timestep, steps=3, resolution=64).eval()
         left.append((transform(images) - transform(1 - images)).square().mean().item())
     assert left == sorted(left, reverse=True) and left[-1] < 0.5 * left[0]
+
+
+@pytest.mark.parametrize("family", [sd3, flux])
+def test_models_with_a_size_of_their_own_take_the_photos(family, tmp_path):
+    family().save_pretrained(tmp_path / "model")
+    photos = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    transform = DiffPure(str(tmp_path / "model"), timestep=500, steps=2, resolution=32).eval()
+    assert transform(photos).shape == photos.shape and len(transform.networks) > 2
+
+
+def test_there_are_no_more_steps_than_timesteps(drawing, images):
+    transform = DiffPure(drawing, timestep=3, steps=100, resolution=64).eval()
+    assert transform.steps == 3 and (transform(images) - transform(1 - images)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["diffpure", "gridpure", "impress"])
@@ -143,6 +157,7 @@ def _halving(vae):
         (lambda drawing: Impress("no/such/model"), "folder or Hub id of an AutoencoderKL, got 'no/such/model'"),
         (lambda drawing: Upscale(drawing), "expected a StableDiffusionUpscalePipeline, got a StableDiffusionPipeline"),
         (lambda drawing: DiffPure(drawing, timestep=1001), "up to the model's 1000"),
+        (lambda drawing: DiffPure(drawing, resolution=100), "resolution: expected a multiple of 8, got 100"),
         (lambda drawing: DiffPure(drawing, steps=0), "steps: expected a whole number from 1"),
         (lambda drawing: GrIDPure(drawing, gamma=1), "gamma"),
         (lambda drawing: GrIDPure(drawing, iterations=0), "iterations"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 
 from ..finetuning import DreamBooth, DreamBoothConfig, generate_images
 from ..surrogates.base import DiffusionSurrogate
@@ -100,6 +100,15 @@ class Attacker(ABC):
         pipeline.save_pretrained(folder)
 
 
+def check_draws(surrogate: DiffusionSurrogate) -> None:
+    """ValueError if the model cannot draw without a photo, so that nothing that it learns would be seen."""
+    if isinstance(surrogate.pipeline, StableDiffusionInstructPix2PixPipeline):
+        raise ValueError(
+            f"{surrogate.name}: expected a model that draws by a prompt alone, got one that edits by instructions; "
+            "use the method instruct-pix2pix"
+        )
+
+
 class TrainingAttacker(Attacker):
     """An attacker whose `learning` is a `DreamBooth`, or one that learns other weights."""
 
@@ -114,6 +123,7 @@ class TrainingAttacker(Attacker):
         class_images: torch.Tensor | None = None,
         progress: bool = True,
     ) -> DiffusionPipeline:
+        check_draws(surrogate)
         run = self.learning(surrogate, images, self.config, class_images=class_images)
         run.train(progress)
         run.finish()

@@ -1,7 +1,7 @@
 """Attacks that learn nothing: a photo and a prompt go in, the photo as the prompt has it comes out.
 
-Papers: SDEdit (ICLR 2022, arXiv 2108.01073), Blended Latent Diffusion (arXiv 2206.02779) for inpainting with any
-text-to-image model, InstructPix2Pix (CVPR 2023, arXiv 2211.09800). All by the pipelines of diffusers.
+Papers: SDEdit (ICLR 2022, arXiv 2108.01073), InstructPix2Pix (CVPR 2023, arXiv 2211.09800). All by the pipelines of
+diffusers.
 
 Strengths of SDEdit are those that protections are commonly tested with; guidance 7.5 and 50 steps are those of
 PhotoGuard's demo.
@@ -9,6 +9,8 @@ PhotoGuard's demo.
 
 from __future__ import annotations
 
+import inspect
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +57,9 @@ class EditingConfig:
         check_types(self)
         check_at_least_one(self, "resolution", "num_inference_steps")
 
+    def check_steps(self, num_inference_steps: int) -> None:
+        """ValueError if so many steps draw nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SDEditConfig(EditingConfig):
@@ -70,10 +75,13 @@ class SDEditConfig(EditingConfig):
         super().__post_init__()
         if not 0 < self.strength <= 1:
             raise ValueError(f"expected a strength above 0 up to 1, got {self.strength}")
-        if int(self.num_inference_steps * self.strength) < 1:
+        self.check_steps(self.num_inference_steps)
+
+    def check_steps(self, num_inference_steps: int) -> None:
+        if int(num_inference_steps * self.strength) < 1:
             raise ValueError(
-                f"expected num_inference_steps of at least {1 / self.strength:.0f} for a strength of "
-                f"{self.strength}, got {self.num_inference_steps}"
+                f"expected num_inference_steps of at least {math.ceil(1 / self.strength)} for a strength of "
+                f"{self.strength}, got {num_inference_steps}"
             )
 
 
@@ -105,6 +113,11 @@ class InstructPix2PixConfig(EditingConfig):
     instance_prompt: str = "give the person sunglasses"
     image_guidance_scale: float = 1.5
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_guidance_scale < 1:  # diffusers would leave the prompt's guidance out, too
+            raise ValueError(f"expected an image_guidance_scale of at least 1, got {self.image_guidance_scale}")
+
 
 FACE_MODEL_SETTINGS: dict[str, Any] = {"resolution": 256, "num_inference_steps": 40, "guidance_scale": 2.5}
 
@@ -126,6 +139,10 @@ class EditingAttacker(Attacker):
         progress: bool = True,
     ) -> DiffusionPipeline:
         self.make_editor(surrogate.pipeline)  # for its errors
+        if self.config.resolution % surrogate.size_multiple:
+            raise ValueError(
+                f"expected a resolution that is a multiple of {surrogate.size_multiple}, got {self.config.resolution}"
+            )
         return surrogate.pipeline
 
     def check_saving(self) -> None:
@@ -155,7 +172,11 @@ class EditingAttacker(Attacker):
         seed: int,
         progress: bool = True,
     ) -> torch.Tensor:
+        self.config.check_steps(num_inference_steps)
         editor = self.make_editor(pipeline)
+        # Some take the photo's size, others have one of their own unless they are told.
+        sides = dict.fromkeys(("height", "width"), self.config.resolution)
+        sides = {name: side for name, side in sides.items() if name in inspect.signature(editor.__call__).parameters}
         editor.set_progress_bar_config(disable=True)
         squares = center_square(images, self.config.resolution).clamp(0, 1)  # resizing overshoots
         drawn = []
@@ -169,6 +190,7 @@ class EditingAttacker(Attacker):
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed + index) for index in indices],
                 output_type="pt",
+                **sides,
                 **self.editor_arguments(photos),
             ).images
             drawn.append(edited.float().cpu())
@@ -194,16 +216,23 @@ class SDEditAttacker(EditingAttacker):
 
 
 class InpaintingAttacker(EditingAttacker):
-    """All but the middle of the photo, where the face is, is painted anew."""
+    """All but the middle of the photo, where the face is, is painted anew.
+
+    For models whose latents have 4 channels, and those trained to inpaint, as diffusers' pipelines want it.
+    """
 
     config_class = InpaintingConfig
     presets: ClassVar = {
         "weak": InpaintingConfig(kept=0.6),
         "strong": InpaintingConfig(kept=0.4),
     }
-    presets["face-model"] = replace(presets["weak"], **FACE_MODEL_SETTINGS)
 
     def make_editor(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        unet = pipeline.components.get("unet")
+        if unet is not None and (channels := unet.config.in_channels) not in (4, 9):
+            raise ValueError(
+                f"expected a model whose UNet has 4 or 9 input channels to inpaint with, got {channels}; use sdedit"
+            )
         return _make(AutoPipelineForInpainting, pipeline, "inpainting")
 
     def editor_arguments(self, images: torch.Tensor) -> dict[str, Any]:
@@ -211,7 +240,7 @@ class InpaintingAttacker(EditingAttacker):
         mask = torch.ones(count, 1, height, width)
         rows, columns = (round(side * (1 - self.config.kept) / 2) for side in (height, width))
         mask[:, :, rows : height - rows, columns : width - columns] = 0
-        return {"strength": self.config.strength, "mask_image": mask, "height": height, "width": width}
+        return {"strength": self.config.strength, "mask_image": mask}
 
 
 class InstructPix2PixAttacker(EditingAttacker):

@@ -31,7 +31,7 @@ from ..data import to_pil
 from ..finetuning import FACE_MODEL_SETTINGS, DreamBoothConfig, center_square, draw_class_images
 from ..images import write_atomically
 from ..surrogates.base import DiffusionSurrogate
-from .base import Attacker
+from .base import Attacker, check_draws
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ class OfficialAttacker(Attacker):
         progress: bool = True,
     ) -> DiffusionPipeline:
         script = self.find_script()
+        check_draws(surrogate)
         config = self.config
         if config.prior_loss_weight and self.with_prior and class_images is None:
             class_images = draw_class_images(surrogate, config)

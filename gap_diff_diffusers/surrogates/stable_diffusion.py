@@ -77,7 +77,8 @@ class InstructPix2PixSurrogate(StableDiffusionSurrogate):
     """InstructPix2Pix, whose UNet also sees the latents of the photo to be changed.
 
     Its loss is that of `train_instruct_pix2pix.py` of diffusers for an instruction that changes nothing: the photo
-    itself is the condition, by its unscaled latents.
+    itself is the condition, by its unscaled latents. With `sample_posterior` these are drawn, where the script takes
+    the posterior's mode.
     """
 
     pipeline_class = StableDiffusionInstructPix2PixPipeline

@@ -30,6 +30,8 @@ class Transform(nn.Module):
     """
 
     differentiable: bool = True
+    networks: Sequence[nn.Module] = ()
+    """Models that it computes with, which decide on what comes out as its settings do."""
 
     def draw(self, *, generator: torch.Generator | None = None) -> Draw:
         """The strengths of one call: drawn from `generator` (None: torch's default one), pinned in evaluation mode."""
@@ -183,6 +185,11 @@ class Compose(Transform):
         """Whether gradients pass through every step."""
         return all(transform.differentiable for transform in self.transforms)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those of every step."""
+        return [network for transform in self.transforms for network in transform.networks]
+
     def draw(self, *, generator: torch.Generator | None = None) -> Draw:
         return {"draws": [transform.draw(generator=generator) for transform in self.transforms]}
 
@@ -223,6 +230,11 @@ class RandomChoice(Transform):
     def differentiable(self) -> bool:
         """Whether gradients pass through every choice."""
         return all(transform.differentiable for transform in self.choices)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those of every choice."""
+        return [network for choice in self.choices for network in choice.networks]
 
     def draw(self, *, generator: torch.Generator | None = None) -> Draw:
         index = draw_index(len(self.choices), generator, self.weights) if self.training else 0

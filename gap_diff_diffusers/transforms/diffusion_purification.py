@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionUpscalePipeline,
+    UNet2DModel,
 )
 from kornia.metrics import ssim
 from torch import nn
@@ -53,27 +55,32 @@ class DiffPure(Transform):
         for name, value in (("timestep", timestep), ("steps", steps), ("resolution", resolution or 8)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
-        self.timestep, self.steps, self.prompt = timestep, steps, prompt
-        self.pipeline = _load_pipeline(model)
-        networks = self.pipeline.components
-        if not isinstance(networks.get("unet"), nn.Module) and not isinstance(networks.get("transformer"), nn.Module):
-            raise ValueError(f"{model}: expected a diffusion model of images, got a {type(self.pipeline).__name__}")
-        self.unconditional = "vae" not in networks and "vqvae" not in networks
+        # There are no more steps back than there are timesteps.
+        self.timestep, self.steps, self.prompt = timestep, min(steps, timestep), prompt
+        pipeline = _load_pipeline(model)
+        unet, vae = pipeline.components.get("unet"), pipeline.components.get("vae")
+        self.unconditional = isinstance(unet, UNet2DModel) and vae is None
         if self.unconditional:
-            self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-            self.resolution = resolution or self.pipeline.unet.config.sample_size
-            end = self.scheduler.config.num_train_timesteps
+            self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+            native, multiple = unet.config.sample_size, 2 ** (len(unet.config.block_out_channels) - 1)
         else:
             try:
-                self.pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+                pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
             except ValueError as error:
-                kind = type(self.pipeline).__name__
-                raise ValueError(
-                    f"{model}: expected a pipeline with image to image in diffusers, got {kind}"
-                ) from error
-            denoiser = networks.get("unet") or networks.get("transformer")
-            self.resolution = resolution or denoiser.config.sample_size * self.pipeline.vae_scale_factor
-            end = self.pipeline.scheduler.config.num_train_timesteps
+                kind = type(pipeline).__name__
+                raise ValueError(f"{model}: expected a model that diffusers edits photos with, got {kind}") from error
+            if "beta_schedule" in pipeline.scheduler.config:  # one that begins at the very timestep
+                config = pipeline.scheduler.config
+                pipeline.scheduler = DDPMScheduler.from_config(config, timestep_spacing="trailing")
+            multiple = pipeline.vae_scale_factor
+            denoiser = unet or pipeline.components.get("transformer")
+            native = (denoiser.config.get("sample_size") or pipeline.default_sample_size) * multiple
+        self.pipeline = pipeline
+        self.networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self.resolution = resolution or native
+        if self.resolution % multiple:
+            raise ValueError(f"resolution: expected a multiple of {multiple}, got {self.resolution}")
+        end = pipeline.scheduler.config.num_train_timesteps
         if timestep > end:
             raise ValueError(f"timestep: expected one up to the model's {end}, got {timestep}")
         self.strength = timestep / end
@@ -101,8 +108,9 @@ class DiffPure(Transform):
                 guidance_scale=1.0,
                 generator=source,
                 output_type="pt",
+                **self._sides(image),
             ).images.to(image)
-        times = torch.linspace(self.timestep - 1, 0, min(self.steps, self.timestep)).round().long().unique().flip(0)
+        times = torch.linspace(self.timestep - 1, 0, self.steps).round().long().unique().flip(0)
         self.scheduler.set_timesteps(timesteps=times.tolist(), device=image.device)
         noise = torch.randn(image.shape, generator=source).to(image.device)
         noisy = self.scheduler.add_noise(image * 2 - 1, noise, self.scheduler.timesteps[:1])
@@ -110,6 +118,11 @@ class DiffPure(Transform):
             predicted = self.pipeline.unet(noisy.to(self.pipeline.unet.dtype), time).sample.float()
             noisy = self.scheduler.step(predicted, time, noisy, generator=source).prev_sample
         return (noisy / 2 + 0.5).clamp(0, 1)
+
+    def _sides(self, image: torch.Tensor) -> dict[str, int]:
+        """Height and width, for pipelines that would else take their own and not the photo's."""
+        known = inspect.signature(self.pipeline.__call__).parameters
+        return {name: side for name, side in zip(("height", "width"), image.shape[-2:]) if name in known}
 
     def extra_repr(self) -> str:
         return f"timestep={self.timestep}, steps={self.steps}, resolution={self.resolution}"
@@ -207,6 +220,7 @@ class Impress(Transform):
         self.steps, self.learning_rate, self.noise = steps, learning_rate, noise
         self.distance, self.distance_weight = distance, distance_weight
         self.vae = _load_autoencoder(model).eval().requires_grad_(False)
+        self.networks = [self.vae]
 
     def draw(self, *, generator: torch.Generator | None = None) -> Draw:
         return {"seed": draw_index(2**48, generator) if self.training else 0}
@@ -278,6 +292,7 @@ class Upscale(Transform):
         if noise_level > (most := self.pipeline.config.max_noise_level):
             raise ValueError(f"noise_level: expected one up to the model's {most}, got {noise_level}")
         self.pipeline.set_progress_bar_config(disable=True)
+        self.networks = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
         self.noise_level, self.steps = noise_level, steps
         self.guidance_scale, self.prompt = guidance_scale, prompt
 
@@ -312,13 +327,14 @@ def _starts(length: int, side: int) -> list[int]:
 
 def _load_pipeline(model: str) -> DiffusionPipeline:
     """ValueError if it is none."""
-    folder = BUNDLED_FACE_MODEL if model == BUNDLED else model
+    folder = str(BUNDLED_FACE_MODEL if model == BUNDLED else model)
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True)
+        unused = {}
+        if "safety_checker" in DiffusionPipeline.load_config(folder):  # which would turn photos black
+            unused = {"safety_checker": None, "requires_safety_checker": False}
+        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **unused)
     except OSError as error:
-        raise ValueError(
-            f"expected the folder or Hub id of a pipeline of diffusers, got {model!r}: {error}"
-        ) from error
+        raise ValueError(f"expected the folder or Hub id of a pipeline, got {model!r}: {error}") from error
 
 
 def _load_autoencoder(model: str) -> AutoencoderKL:
