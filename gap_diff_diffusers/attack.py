@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     photos = read_images(arguments.photos)
     class_photos = read_images([arguments.class_images]) if arguments.class_images else None
     config = attacker.config
-    squares = _squares(photos, config.resolution)
-    class_images = None if class_photos is None else _squares(class_photos, config.resolution)
+    squares = cut_squares(photos, config.resolution)
+    class_images = None if class_photos is None else cut_squares(class_photos, config.resolution)
     surrogate = load_victim(arguments.model, arguments.device, revision=arguments.revision)
     if len(squares) < 3:
         logger.warning("%d photos: most attacks on people need at least three or four", len(squares))
@@ -194,7 +194,7 @@ def _look_for_people(photos: list) -> None:
         logger.warning("no face was found in %d photos; what is drawn can then not be compared with them", len(photos))
 
 
-def _squares(images: list, resolution: int):
+def cut_squares(images: list, resolution: int):
     """The centers of photos of any sizes, at one side: (N,3,side,side)."""
     import torch
 

@@ -33,18 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time both, one after the other."""
-    import torch
-
-    from .attack import load_victim
+    from .attack import cut_squares, load_victim
     from .attackers import ATTACKERS
     from .data import read_images
-    from .finetuning import center_square
 
     check_output(arguments)
     if arguments.steps < 1:
         raise ValueError(f"expected --steps of at least 1, got {arguments.steps}")
-    photos = read_images(arguments.photos)
-    photos = torch.cat([center_square(photo[None], arguments.resolution) for photo in photos]).clamp(0, 1)
+    photos = cut_squares(read_images(arguments.photos), arguments.resolution).clamp(0, 1)
     count = arguments.train_batch_size
     settings = {
         "resolution": arguments.resolution,

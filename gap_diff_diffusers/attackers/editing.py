@@ -9,7 +9,6 @@ PhotoGuard's demo.
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from ..config import check_at_least_one, check_types
 from ..finetuning import center_square
 from ..surrogates.base import DiffusionSurrogate
+from ..transforms.diffusion_purification import size_arguments
 from .base import Attacker
 
 BATCH = 4
@@ -174,9 +174,6 @@ class EditingAttacker(Attacker):
     ) -> torch.Tensor:
         self.config.check_steps(num_inference_steps)
         editor = self.make_editor(pipeline)
-        # Some take the photo's size, others have one of their own unless they are told.
-        sides = dict.fromkeys(("height", "width"), self.config.resolution)
-        sides = {name: side for name, side in sides.items() if name in inspect.signature(editor.__call__).parameters}
         editor.set_progress_bar_config(disable=True)
         squares = center_square(images, self.config.resolution).clamp(0, 1)  # resizing overshoots
         drawn = []
@@ -190,7 +187,7 @@ class EditingAttacker(Attacker):
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed + index) for index in indices],
                 output_type="pt",
-                **sides,
+                **size_arguments(editor, *photos.shape[-2:]),
                 **self.editor_arguments(photos),
             ).images
             drawn.append(edited.float().cpu())

@@ -166,6 +166,13 @@ def _uniform(generator: torch.Generator | None) -> float:
     return torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
 
 
+def check_whole_numbers(minimum: int, **values: Any) -> None:
+    """ValueError for the first of these settings that is no whole number from `minimum` on."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"{name}: expected a whole number from {minimum}, got {value!r}")
+
+
 class Identity(Transform):
     """The photo as it is: the control of a mixture and of an evaluation."""
 

@@ -18,11 +18,20 @@ from kornia.metrics import ssim
 from torch import nn
 
 from ..config import BUNDLED, BUNDLED_FACE_MODEL
-from .base import Draw, Transform, draw_index
+from .base import Draw, Transform, check_whole_numbers, draw_index
 from .filters import interpolate
 
 
-class DiffPure(Transform):
+class _ModelTransform(Transform):
+    """A transform by a model that draws at random: the draw holds a seed, pinned to 0 in evaluation mode."""
+
+    differentiable = False
+
+    def draw(self, *, generator: torch.Generator | None = None) -> Draw:
+        return {"seed": draw_index(2**48, generator) if self.training else 0}
+
+
+class DiffPure(_ModelTransform):
     """Noise a photo a little, and let a diffusion model take the noise away, and the perturbation with it.
 
     Args:
@@ -40,8 +49,6 @@ class DiffPure(Transform):
     pixels. Upstream's model is guided-diffusion's of ImageNet, which diffusers has no pipeline for.
     """
 
-    differentiable = False
-
     def __init__(
         self,
         model: str = BUNDLED,
@@ -52,9 +59,7 @@ class DiffPure(Transform):
         resolution: int | None = None,
     ):
         super().__init__()
-        for name, value in (("timestep", timestep), ("steps", steps), ("resolution", resolution or 8)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        check_whole_numbers(1, timestep=timestep, steps=steps, resolution=resolution or 8)
         # There are no more steps back than there are timesteps.
         self.timestep, self.steps, self.prompt = timestep, min(steps, timestep), prompt
         pipeline = _load_pipeline(model)
@@ -86,9 +91,6 @@ class DiffPure(Transform):
         self.strength = timestep / end
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def draw(self, *, generator: torch.Generator | None = None) -> Draw:
-        return {"seed": draw_index(2**48, generator) if self.training else 0}
-
     @torch.no_grad()
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         small = interpolate(images, self.resolution, self.resolution)
@@ -108,7 +110,7 @@ class DiffPure(Transform):
                 guidance_scale=1.0,
                 generator=source,
                 output_type="pt",
-                **self._sides(image),
+                **size_arguments(self.pipeline, *image.shape[-2:]),
             ).images.to(image)
         times = torch.linspace(self.timestep - 1, 0, self.steps).round().long().unique().flip(0)
         self.scheduler.set_timesteps(timesteps=times.tolist(), device=image.device)
@@ -118,11 +120,6 @@ class DiffPure(Transform):
             predicted = self.pipeline.unet(noisy.to(self.pipeline.unet.dtype), time).sample.float()
             noisy = self.scheduler.step(predicted, time, noisy, generator=source).prev_sample
         return (noisy / 2 + 0.5).clamp(0, 1)
-
-    def _sides(self, image: torch.Tensor) -> dict[str, int]:
-        """Height and width, for pipelines that would else take their own and not the photo's."""
-        known = inspect.signature(self.pipeline.__call__).parameters
-        return {name: side for name, side in zip(("height", "width"), image.shape[-2:]) if name in known}
 
     def extra_repr(self) -> str:
         return f"timestep={self.timestep}, steps={self.steps}, resolution={self.resolution}"
@@ -153,8 +150,7 @@ class GrIDPure(DiffPure):
         gamma: float = 0.1,
     ):
         super().__init__(model, timestep=timestep, steps=steps, prompt=prompt, resolution=resolution)
-        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-            raise ValueError(f"iterations: expected a whole number from 1, got {iterations!r}")
+        check_whole_numbers(1, iterations=iterations)
         if not 0 <= gamma < 1:
             raise ValueError(f"gamma: expected a number from 0 to below 1, got {gamma!r}")
         self.iterations, self.gamma = iterations, gamma
@@ -180,7 +176,7 @@ class GrIDPure(DiffPure):
         return f"{super().extra_repr()}, iterations={self.iterations}, gamma={self.gamma}"
 
 
-class Impress(Transform):
+class Impress(_ModelTransform):
     """Look near a photo for one that an autoencoder reproduces, as it does unprotected photos.
 
     Args:
@@ -198,8 +194,6 @@ class Impress(Transform):
     0.1; packages with LPIPS need torchvision, so here SSIM is kept above 0.9.
     """
 
-    differentiable = False
-
     def __init__(
         self,
         model: str = BUNDLED,
@@ -211,8 +205,7 @@ class Impress(Transform):
         distance_weight: float = 0.1,
     ):
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps: expected a whole number from 1, got {steps!r}")
+        check_whole_numbers(1, steps=steps)
         numbers = {"noise": noise, "distance": distance, "distance_weight": distance_weight}
         for name, value in (numbers | {"learning_rate": learning_rate}).items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
@@ -221,9 +214,6 @@ class Impress(Transform):
         self.distance, self.distance_weight = distance, distance_weight
         self.vae = _load_autoencoder(model).eval().requires_grad_(False)
         self.networks = [self.vae]
-
-    def draw(self, *, generator: torch.Generator | None = None) -> Draw:
-        return {"seed": draw_index(2**48, generator) if self.training else 0}
 
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         self.vae.to(images.device)
@@ -255,7 +245,7 @@ class Impress(Transform):
         return f"steps={self.steps}, learning_rate={self.learning_rate}, noise={self.noise}"
 
 
-class Upscale(Transform):
+class Upscale(_ModelTransform):
     """Enlarge by four with a diffusion model that also removes noise; `RandomNoise` comes before it.
 
     Args:
@@ -270,8 +260,6 @@ class Upscale(Transform):
     Source: robust style mimicry (arXiv 2406.12027), noisy upscaling: noise 0.1, noise level 320, 75 steps, guidance 9.
     """
 
-    differentiable = False
-
     def __init__(
         self,
         model: str,
@@ -282,9 +270,8 @@ class Upscale(Transform):
         prompt: str = "a photo of a person",
     ):
         super().__init__()
-        for name, value, least in (("noise_level", noise_level, 0), ("steps", steps, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        check_whole_numbers(0, noise_level=noise_level)
+        check_whole_numbers(1, steps=steps)
         self.pipeline = _load_pipeline(model)
         if not isinstance(self.pipeline, StableDiffusionUpscalePipeline):
             kind = type(self.pipeline).__name__
@@ -295,9 +282,6 @@ class Upscale(Transform):
         self.networks = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
         self.noise_level, self.steps = noise_level, steps
         self.guidance_scale, self.prompt = guidance_scale, prompt
-
-    def draw(self, *, generator: torch.Generator | None = None) -> Draw:
-        return {"seed": draw_index(2**48, generator) if self.training else 0}
 
     @torch.no_grad()
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -318,6 +302,12 @@ class Upscale(Transform):
 
     def extra_repr(self) -> str:
         return f"noise_level={self.noise_level}, steps={self.steps}"
+
+
+def size_arguments(pipeline: DiffusionPipeline, height: int, width: int) -> dict[str, int]:
+    """Height and width, for pipelines that would else take a size of their own and not the photo's."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: side for name, side in {"height": height, "width": width}.items() if name in known}
 
 
 def _starts(length: int, side: int) -> list[int]:

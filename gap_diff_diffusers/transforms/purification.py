@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from kornia.filters import bilateral_blur, guided_blur
 
-from .base import Draw, Transform, clip
+from .base import Draw, Transform, check_whole_numbers, clip
 
 
 class AdverseCleaner(Transform):
@@ -21,9 +21,7 @@ class AdverseCleaner(Transform):
 
     def __init__(self, bilateral_steps: int = 64, guided_steps: int = 4):
         super().__init__()
-        for name, value in (("bilateral_steps", bilateral_steps), ("guided_steps", guided_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}: expected a whole number from 0, got {value!r}")
+        check_whole_numbers(0, bilateral_steps=bilateral_steps, guided_steps=guided_steps)
         self.bilateral_steps, self.guided_steps = bilateral_steps, guided_steps
 
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
