@@ -184,7 +184,7 @@ def make_attacker(method: str, preset: str, changes: list[str]):
 
 def _look_for_people(photos: list) -> None:
     """Warn if the photos show no face, or those of several people; not without a detector."""
-    from .metrics.identity import DlibFaces
+    from .recognition import DlibFaces
 
     try:
         DlibFaces().reference(photos)

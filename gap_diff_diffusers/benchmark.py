@@ -11,6 +11,7 @@ BENCHMARKS = {  # name: (module, what it measures)
     "attackers": ("benchmark_attackers", "steps a second of DreamBooth, beside the script of diffusers"),
     "displacement": ("benchmark_displacement", "how far the checkpoint moves real encoders' latents, beside PGD"),
     "identities": ("benchmark_identities", "whether the figures tell clean photos of one person from another's"),
+    "quality": ("benchmark_quality", "whether SER-FIQ is lower for faces that are blurred, darkened or covered"),
     "run": ("benchmark_run", "protect, publish, attack, draw and look for the person, cell by cell"),
     "report": ("benchmark_report", "the cells of such a run as tables"),
     "scale": ("benchmark_scale", "how much of that is left where a face is cropped from a bigger photo"),

@@ -184,13 +184,15 @@ def mean_psnr(clean, moved) -> float:
     return (-10 * (moved - clean).square().mean(dim=(1, 2, 3)).log10()).mean().item()
 
 
-def report(arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[dict], str]) -> int:
-    """Print the figures as a table, and write them with their setting, if asked for."""
+def report(
+    arguments: argparse.Namespace, figures: dict, to_markdown: Callable[[dict], str], setting: dict | None = None
+) -> int:
+    """Print the figures as a table, and write them with their setting, if asked for: None for that of a protection."""
     from .config import portable_name, provenance, write_json
 
     sys.stdout.write(to_markdown(figures))
     if arguments.output:
-        setting = {"jpeg_quality": JPEG_QUALITY, "levels": LEVELS}
+        setting = {"jpeg_quality": JPEG_QUALITY, "levels": LEVELS} if setting is None else setting
         if "checkpoint" in arguments:
             setting["checkpoint"] = portable_name(arguments.checkpoint) or "bundled"
         write_json(arguments.output, figures | setting | {"versions": provenance()})

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "set": Path(arguments.people).name,
     }
-    return report(arguments, figures, to_markdown)
+    return report(arguments, figures, to_markdown, setting={})
 
 
 def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:

@@ -184,8 +184,10 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
         if protection != "none":
             took = statistics.median(record["seconds"].get("protection", 0) for record in cells)
             costs = [record["cost"] for record in cells if record.get("cost")]
-            looks = ("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")
-            shown = [form.format(statistics.mean(c[name] for c in costs)) if costs else "" for name, form in looks]
+            shown = []
+            for name, form in (("psnr", "{:.1f} dB"), ("ssim", "{:.3f}"), ("lpips", "{:.3f}")):
+                values = [cost[name] for cost in costs if name in cost]
+                shown.append(form.format(statistics.mean(values)) if values else "")
             rows.append([f"protecting a person's photos: {protection}, {levels} levels", f"{took:.1f} s", "", *shown])
     attacks = sorted(_grouped(records, _attack).values(), key=lambda cells: _title(cells[0]["cell"]))
     for cells in attacks:
@@ -199,12 +201,11 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
                 f"attacking: {method} ({preset})",
                 f"{training:.0f} s, and {drawing:.0f} s to draw",
                 f"{max(memory):.1f} GB" if memory else "",
-                "",
-                "",
+                *[""] * 3,
             ]
         )
     title = "What it takes: median times and the most memory; and how far protected photos are from clean ones"
-    return table(title, ["", "time", "memory", "PSNR", "SSIM"], rows)
+    return table(title, ["", "time", "memory", "PSNR", "SSIM", "LPIPS"], rows)
 
 
 def _condition(record: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from .attack import load_victim, make_attacker, memory_errors
 from .attackers import ATTACKERS
 from .config import check_at_least_one, check_types, config_from_arguments, portable_name
-from .metrics import METRICS
+from .metrics import METRICS, OFFLINE
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class BenchmarkConfig:
         count: pictures for each prompt.
         num_inference_steps, guidance_scale: of drawing them; null for those of the attacker's class pictures.
         metrics: names of `METRICS`.
+        lpips: whether to measure LPIPS of protected photos, too, which needs torchvision; a cell is the same without.
         resolution: side in pixels of the photos, as squares, that are published.
         people: how many of them, the first by name, unless the command line names some; null for all.
     """
@@ -65,7 +66,8 @@ class BenchmarkConfig:
     count: int = 32
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    metrics: tuple[str, ...] = tuple(sorted(METRICS))
+    metrics: tuple[str, ...] = OFFLINE
+    lpips: bool = False
     resolution: int = 512
     people: int | None = None
 
@@ -366,9 +368,12 @@ class _Runner:
 
     def __init__(self, config: BenchmarkConfig, people: dict[str, Path], results: Path, arguments: argparse.Namespace):
         from .data import read_images
+        from .images import psnr, ssim
+        from .metrics.fidelity import Lpips
         from .protect import load_pipeline
         from .transforms import build_transform
 
+        self.looks = {"psnr": psnr, "ssim": ssim} | ({"lpips": Lpips()} if config.lpips else {})
         self.config, self.people, self.results = config, people, results
         self.pictures = Path(arguments.pictures) if arguments.pictures else None
         self.metrics = [METRICS.load(name)() for name in sorted(set(config.metrics))]
@@ -490,7 +495,6 @@ class _Runner:
         import torch
 
         from .data import list_photos, load_faces, to_pixels
-        from .images import psnr, ssim
         from .protections.anti_dreambooth import ASPLConfig, aspl
 
         clean = photos = load_faces(list_photos([person / "set_B"]), cell["resolution"])
@@ -505,7 +509,7 @@ class _Runner:
         protected, cost = time.perf_counter(), None
         if cell["protection"] != "none":
             pairs = [(to_pixels(moved), to_pixels(photo)) for moved, photo in zip(photos, clean, strict=True)]
-            cost = {measure.__name__: sum(measure(*p) for p in pairs) / len(pairs) for measure in (psnr, ssim)}
+            cost = {name: sum(measure(*p) for p in pairs) / len(pairs) for name, measure in self.looks.items()}
         for spec in (cell["publishing"], cell["purification"]):
             if spec is not None:
                 with torch.no_grad():

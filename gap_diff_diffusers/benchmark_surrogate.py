@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .data import list_photos, load_faces, save_grid, split_held_out
     from .finetuning import generate_images
-    from .metrics.identity import DlibFaces
+    from .recognition import DlibFaces
     from .surrogates import load_surrogate
     from .surrogates.encoder import EncoderSurrogate
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from .config import ATTACK_RECORD, PICTURES, table
-from .metrics import METRICS
+from .metrics import METRICS, OFFLINE
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         nargs="+",
         choices=sorted(METRICS),
-        default=sorted(METRICS),
+        default=OFFLINE,
         metavar="METRIC",
-        help=f"what to measure: {', '.join(sorted(METRICS))} (default: all)",
+        help=f"what to measure: {', '.join(sorted(METRICS))} (default: {', '.join(OFFLINE)})",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="write the figures of every picture, too: FILE.json or FILE.csv"

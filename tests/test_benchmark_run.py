@@ -281,7 +281,7 @@ def test_the_configs_that_ship_are_valid(name, people, tmp_path):
         ({"conditions": []}, "conditions as a list of at least one dict"),
         ({"attackers": [{"preset": "weak"}]}, "method, preset and set, got"),
         ({"attackers": [{"method": "lora", "set": {"ranks": 3}}]}, "ranks=3"),
-        ({"metrics": ["fid"]}, "brisque, identity, got 'fid'"),
+        ({"metrics": ["fid"]}, "ser_fiq, got 'fid'"),
         ({"count": 0}, "count of at least 1"),
         ({"count": "32"}, "count of type int"),
         ({"seeds": 3}, "seeds as a list"),

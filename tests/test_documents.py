@@ -7,6 +7,7 @@ import pytest
 
 from gap_diff_diffusers import (
     benchmark_displacement,
+    benchmark_quality,
     benchmark_report,
     benchmark_scale,
     benchmark_speed,
@@ -32,6 +33,7 @@ def record(name):
         ("displacement", benchmark_displacement, ("README.md", "model_card.md")),
         ("scale", benchmark_scale, ("README.md", "model_card.md")),
         ("scale_faces", benchmark_scale, ("README.md", "model_card.md")),
+        ("quality", benchmark_quality, ("README.md",)),
         ("speed", benchmark_speed, ("README.md",)),
         ("surrogate", benchmark_surrogate, ("README.md",)),
         ("throughput", benchmark_throughput, ("README.md",)),
@@ -69,6 +71,8 @@ def test_the_records_meet_their_bars():
         assert ratios["over PGD against that encoder"][name] > 1
         assert ratios["left without the mean of 100 others"][name] >= 0.7
     assert displacement["displacement"]["this checkpoint"]["psnr"] >= 32
+
+    assert record("quality")["mean"] >= 0.95
 
     surrogate = record("surrogate")
     assert surrogate["psnr"] >= 29 and surrogate["pgd_displacement"] >= 0.5 and surrogate["one_face"] >= 0.9

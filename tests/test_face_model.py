@@ -12,7 +12,7 @@ from gap_diff_diffusers import encoder_displacement, load_surrogate
 from gap_diff_diffusers.benchmark_displacement import pgd
 from gap_diff_diffusers.data import load_face
 from gap_diff_diffusers.finetuning import generate_images
-from gap_diff_diffusers.metrics.identity import DlibFaces
+from gap_diff_diffusers.recognition import DlibFaces
 from gap_diff_diffusers.surrogates import BUNDLED_FACE_MODEL
 from gap_diff_diffusers.training.surrogate import SurrogateTrainingConfig
 

@@ -1,10 +1,12 @@
 """Faces and identities, with dlib and its real weights, on the example photo."""
 
+import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import face_networks
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,12 @@ import gap_diff_diffusers
 from gap_diff_diffusers.benchmark_identities import area_under_curve
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.data import face_square, load_face
+from gap_diff_diffusers.download import fetch_file
 from gap_diff_diffusers.faces import find_faces
 from gap_diff_diffusers.images import PhotoError
-from gap_diff_diffusers.metrics.identity import DlibFaces, DlibIdentity, _count_people
+from gap_diff_diffusers.metrics.fidelity import Lpips
+from gap_diff_diffusers.metrics.identity import DlibIdentity, Identity
+from gap_diff_diffusers.recognition import DlibFaces, InsightFaces, OpenCVFaces
 
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
 
@@ -66,10 +71,72 @@ def test_every_way_of_counting_what_is_undefined(face):
     assert results["ISM, all"].mean == pytest.approx(0.5, abs=1e-6)
 
 
-def test_people_are_groups_of_faces_that_are_alike():
-    faces = [np.array([x, 0.0]) for x in (0.0, 0.5, 1.0, 5.0, 5.5)]
-    assert _count_people(faces) == 2  # 0 and 1 are apart, but 0.5 is like both
-    assert _count_people(faces[:3]) == 1 and _count_people(faces[::2]) == 3
+def test_people_are_groups_of_faces_that_are_alike(faces):
+    some = [np.array([x, 0.0]) for x in (0.0, 0.5, 1.0, 5.0, 5.5)]
+    assert faces.count_people(some) == 2  # 0 and 1 are apart, but 0.5 is like both
+    assert faces.count_people(some[:3]) == 1 and faces.count_people(some[::2]) == 3
+
+
+@pytest.fixture
+def two_blocks():
+    """What the networks of `face_networks` take for a large face, red, and a small one, gray."""
+    image = torch.full((3, 320, 320), 0.1)
+    image[:, 96:128, 96:128] = 1
+    image[:2, 128:130, 96:128] = torch.tensor([0.9, 0.0])[:, None, None]  # something that tells the colors apart
+    image[:, 224:256, 224:256] = 0.96
+    return image
+
+
+def _check_backend(backend, image):
+    """Faces come the largest first; those of other pictures are told apart; colors are not exchanged."""
+    large, small = backend.embeddings(image)
+    (alone,) = backend.embeddings(torch.where(image == 0.96, 0.1, image))
+    np.testing.assert_allclose(alone, large, rtol=1e-5)
+    assert backend.distance(large, small) > backend.distance(large, alone) == pytest.approx(0, abs=1e-6)
+    assert backend.embeddings(torch.full((3, 320, 320), 0.1)) == []
+    results = {r.name: r for r in Identity(backend, " (tiny)")([image, torch.zeros_like(image)], [image])}
+    assert results["FDFR (tiny)"].values == [0, 1] and results["recognised (tiny)"].values == [1, 0]
+    assert results["ISM (tiny)"].values == [pytest.approx(1), None]
+    assert {r.backend for r in results.values()} == {backend.name}
+
+
+def test_opencv_finds_the_largest_face_first(tmp_path, two_blocks):
+    face_networks.save_yunet(tmp_path / "face_detection_yunet_2023mar.onnx")
+    with pytest.raises(OSError, match=r"expected face_recognition_sface_2021dec.onnx in .*; leave the folder out"):
+        OpenCVFaces(tmp_path)
+    face_networks.save_embedder(tmp_path / "face_recognition_sface_2021dec.onnx")
+    _check_backend(OpenCVFaces(tmp_path), two_blocks)
+
+
+def test_insightface_finds_the_largest_face_first(tmp_path, two_blocks):
+    pytest.importorskip("insightface")
+    face_networks.save_scrfd(tmp_path / "detector.onnx")
+    face_networks.save_embedder(tmp_path / "embedder.onnx")
+    _check_backend(InsightFaces(tmp_path), two_blocks)
+
+
+def test_lpips_is_0_for_what_is_alike():
+    pytest.importorskip("lpips")
+    measure = Lpips(pnet_rand=True)  # of an AlexNet without weights, which would be downloaded
+    pixels = np.array(Image.open(ASTRONAUT).convert("RGB"))[:128, :160]
+    noisy = np.clip(pixels.astype(int) + np.random.default_rng(0).integers(-8, 9, pixels.shape), 0, 255)
+    assert measure(pixels, pixels) == 0 < measure(noisy.astype(np.uint8), pixels)
+    with pytest.raises(ValueError, match="of one size from 64 px"):
+        measure(pixels, pixels[:, :100])
+
+
+def test_a_file_that_was_downloaded_is_checked_and_kept(tmp_path):
+    (tmp_path / "there").write_bytes(b"model")
+    address, path = (tmp_path / "there").as_uri(), tmp_path / "cache" / "kept"
+    with pytest.raises(OSError, match=r"expected a file with sha256 0+, got 9372c470\w+; nothing was kept"):
+        fetch_file(address, path, "0" * 64)
+    assert not path.exists()
+    digest = hashlib.sha256(b"model").hexdigest()
+    assert fetch_file(address, path, digest).read_bytes() == b"model"
+    (tmp_path / "there").unlink()
+    assert fetch_file(address, path, digest) == path
+    with pytest.raises(OSError, match=r"could not be fetched .*; ask a friend"):
+        fetch_file(address, tmp_path / "other", digest, instead="ask a friend")
 
 
 def test_faces_are_found_in_the_photos_own_pixels():
@@ -99,7 +166,11 @@ def test_a_face_square_is_cut_around_the_face_within_the_photo(tmp_path):
 
 
 def test_a_missing_backend_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dlib", None)
+    for module in ("dlib", "cv2", "insightface", "insightface.app", "lpips"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for needs_it, extra in ((OpenCVFaces, "metrics"), (InsightFaces, "arcface"), (Lpips, "lpips")):
+        with pytest.raises(ImportError, match=rf"gap_diff_diffusers\[{extra}\]"):
+            needs_it()
     for needs_it in (DlibFaces, lambda: find_faces(np.zeros((50, 50, 3), np.uint8))):
         with pytest.raises(ImportError, match=r"gap_diff_diffusers\[metrics\]"):
             needs_it()

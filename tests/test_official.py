@@ -16,7 +16,7 @@ from test_benchmark_surrogate import model  # noqa: F401
 from test_finetuning import changed, weights
 from test_surrogates_diffusion import sdxl
 
-from gap_diff_diffusers import StableDiffusionXLSurrogate
+from gap_diff_diffusers import StableDiffusionXLSurrogate, download
 from gap_diff_diffusers.attackers import ATTACKERS, official
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig
@@ -84,7 +84,7 @@ def test_presets_and_a_missing_script(name, tmp_path):
 
 
 def test_scripts_are_fetched_once_and_checked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(official, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "HF_HOME", str(tmp_path / "cache"))
     source = tmp_path / "source" / "v0.40.0" / "examples" / "a" / "train.py"
     source.parent.mkdir(parents=True)
     source.write_bytes(b"print()")
@@ -110,7 +110,7 @@ def test_scripts_are_fetched_once_and_checked(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def examples(monkeypatch):
     """The folder of the scripts, that find torchvision's stand-in."""
-    folder = Path(CHECKOUT) if CHECKOUT else official.cache_folder("v0.40.0")
+    folder = Path(CHECKOUT) if CHECKOUT else official.scripts_folder("v0.40.0")
     if not (folder / "examples").is_dir():
         pytest.skip("run gap-diff fetch-attackers first, or set DIFFUSERS_CHECKOUT")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "torchvision_stub"), prepend=os.pathsep)

@@ -19,9 +19,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # divide layers where one uses another.
 LAYERS = (
     ("images", "budget", "registry"),  # 0
-    ("config", "faces"),  # 0b: write records, and look, as images does
+    ("config", "download", "faces"),  # 0b: write records and other files, and look, as images does
     ("data", "models", "surrogates", "transforms"),  # 1
-    ("finetuning",),  # 2
+    ("recognition", "finetuning"),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3
     ("pipelines",),  # 4
     ("attack", "convert", "evaluate", "fetch", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines

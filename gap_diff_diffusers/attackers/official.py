@@ -7,14 +7,11 @@ few files of one of the `RELEASES`; a script needs a diffusers as new as itself 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +20,12 @@ from typing import Any, ClassVar
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.constants import HF_HOME
 from packaging.version import Version
 
 from ..config import check_choices
 from ..data import to_pil
+from ..download import cache_folder, fetch_file
 from ..finetuning import FACE_MODEL_SETTINGS, DreamBoothConfig, center_square, draw_class_images
-from ..images import write_atomically
 from ..surrogates.base import DiffusionSurrogate
 from .base import Attacker, check_draws
 
@@ -52,9 +48,9 @@ RELEASES = {  # tag: {script: sha256}
 """The releases of diffusers whose scripts `fetch_scripts` takes, and what they must be."""
 
 
-def cache_folder(tag: str) -> Path:
+def scripts_folder(tag: str) -> Path:
     """Where the scripts of a release lie once they are fetched, as in a checkout."""
-    return Path(HF_HOME) / "gap-diff" / f"diffusers-{tag}"
+    return cache_folder(f"diffusers-{tag}")
 
 
 def fetch_scripts(tag: str | None = None, *, url: str = URL) -> Path:
@@ -77,21 +73,10 @@ def fetch_scripts(tag: str | None = None, *, url: str = URL) -> Path:
         tag = max(fitting, key=Version)
     if tag not in RELEASES:
         raise ValueError(f"expected a release {', '.join(RELEASES)}, got {tag!r}")
-    folder = cache_folder(tag)
+    folder = scripts_folder(tag)
     for script, digest in RELEASES[tag].items():
-        path = folder / "examples" / script
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
-            continue
         address = url.format(tag=tag, script=script)
-        try:
-            with urllib.request.urlopen(address, timeout=60) as answer:
-                content = answer.read()
-        except (urllib.error.URLError, http.client.HTTPException) as error:
-            raise OSError(f"{address} could not be fetched ({error}); use a checkout of diffusers") from error
-        if (got := hashlib.sha256(content).hexdigest()) != digest:
-            raise OSError(f"{address}: expected a file with sha256 {digest}, got {got}; nothing was kept")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        fetch_file(address, folder / "examples" / script, digest, instead="use a checkout of diffusers")
     return folder
 
 

@@ -16,7 +16,7 @@ class MetricResult:
     Attributes:
         name: of the figure, as tables call it.
         values: per picture; None where it is undefined, as an identity is without a face.
-        higher_means: "less like the person", "more like the person" or "worse picture".
+        higher_means: "less like the person", "more like the person", "worse picture" or "better picture".
         backend: what measured it; figures of different backends are not comparable.
         percent: whether tables show it as a percentage.
     """

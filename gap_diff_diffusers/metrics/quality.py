@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..data import to_pixels
+from ..models.face_embedder import FACE_SIZE, FaceEmbedder
+from ..recognition import DlibFaces
 from .base import Metric, MetricResult
 
 MINIMUM_SIDE = 32
+FACE_EMBEDDER = Path(__file__).parents[1] / "checkpoints" / "face-embedder"
+PASSES = 100
 
 
 class Brisque(Metric):
@@ -47,3 +53,34 @@ class Brisque(Metric):
         with np.errstate(divide="ignore", invalid="ignore"):
             score = float(self._score(pixels))
         return round(score, 4) if np.isfinite(score) else None
+
+
+class SerFiq(Metric):
+    """SER-FIQ (CVPR 2020, arXiv 2003.09373): how sure a network with dropout is of whose face it sees, 0 to 1.
+
+    With d the mean distance between the normalised embeddings of 100 passes: 2 sigmoid(-d), as GAP-Diff's evaluation
+    has it before it stretches the range of ArcFace's by constants of its own. The network is our `FaceEmbedder`, its
+    faces are found and aligned by dlib: the figures are not comparable with those of ArcFace. A picture without a face
+    has none; "SER-FIQ, all" counts it as 0, as the paper's does, and so counts FDFR once more.
+    """
+
+    def __init__(self):
+        self.faces = DlibFaces()
+        self.network = FaceEmbedder.from_pretrained(FACE_EMBEDDER, torch_dtype=torch.float32).eval()
+
+    def __call__(self, images: Sequence[torch.Tensor], reference: Sequence[torch.Tensor] = ()) -> list[MetricResult]:
+        if not len(images):
+            raise ValueError("expected pictures to measure, got none")
+        aligned = [next(iter(self.faces.align(image, FACE_SIZE)), None) for image in images]
+        values = [None if face is None else self.score(face[None]).item() for face in aligned]
+        return [
+            MetricResult(name=name, values=list(figures), higher_means="better picture", backend="dlib, FaceEmbedder")
+            for name, figures in (("SER-FIQ", values), ("SER-FIQ, all", [value or 0.0 for value in values]))
+        ]
+
+    @torch.no_grad()
+    def score(self, faces: torch.Tensor) -> torch.Tensor:
+        """Of aligned faces (N,3,112,112) in [0,1]: (N,) in [0,1]. The same face always gets the same."""
+        drawn = self.network.draw_embeddings(faces, PASSES, torch.Generator().manual_seed(0))
+        distances = [F.pdist(face).mean() for face in F.normalize(drawn, dim=2)]
+        return torch.stack([2 * torch.sigmoid(-distance) for distance in distances]).clamp(0, 1)

@@ -1,0 +1,44 @@
+"""Distil dlib's face recognition into the small network with dropout that SER-FIQ is measured with.
+
+    python training_scripts/train_face_embedder.py --config training_scripts/configs/face_embedder.json \\
+        --train_data_dir portraits synthetic --output_dir face-embedder
+
+`--resume_from_checkpoint` goes on where an interrupted run stopped. Flags override the config file; what is in neither
+has the default of `FaceEmbedderConfig`.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
+from gap_diff_diffusers.training.face_embedder import FaceEmbedderConfig, train_face_embedder
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    add_config_arguments(parser, FaceEmbedderConfig)
+    return parser.parse_args(input_args)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = config_from_arguments(FaceEmbedderConfig, arguments, arguments.config)
+    trainer, record = train_face_embedder(config, resume=arguments.resume_from_checkpoint)
+    if trainer.accelerator.is_main_process:
+        trainer.network.to(torch.float16).save_pretrained(config.output_dir)
+        write_json(Path(config.output_dir) / "training_record.json", record)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
