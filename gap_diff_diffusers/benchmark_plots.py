@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmark_report import bootstrap_interval, describe, describe_transform, groups_of, person_means
+from .benchmark_report import bootstrap_interval, describe, describe_transform, groups_of, named, person_means
 
 FIGURES = ("recognised", "FDFR", "ISM", "BRISQUE", "SER-FIQ")
 SHOWN = 4
@@ -32,7 +32,7 @@ def draw_plots(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
     written = []
     for number, (title, conditions) in enumerate(groups_of(records), start=1):
         cells = [record for of_condition in conditions.values() for record in of_condition]
-        figures = [name for name in FIGURES if name in cells[0]["figures"]]
+        figures = named(cells[0]["figures"], *FIGURES)
         written.append(_draw_bars(title, conditions, figures, folder / f"conditions-{number}.svg"))
         for name, of_cell, label in (
             ("jpeg", _jpeg_quality, "JPEG quality"),

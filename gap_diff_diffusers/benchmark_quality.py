@@ -5,6 +5,7 @@ disturbed, so that the figure does not depend on whether the detector still find
 """
 
 import argparse
+from pathlib import Path
 
 from .benchmark_displacement import add_output_argument, check_output, report
 from .config import table
@@ -45,17 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
     disturbed |= {"left half covered": cover(0, 0, 0.5, 1)}
     scores = metric.score(faces)
     lower = {name: (metric.score(images) < scores).float().mean().item() for name, images in disturbed.items()}
+    kinds = {
+        kind: [share for name, share in lower.items() if kind in name] for kind in ("blurred", "darkened", "covered")
+    }
     figures = {
+        "set": ", ".join(Path(path).name for path in arguments.photos[:3]),
         "photos": len(found),
         "faces": len(faces),
         "lower": lower,
-        "mean": sum(lower.values()) / len(lower),
+        "kinds": {kind: sum(shares) / len(shares) for kind, shares in kinds.items()},
     }
     return report(arguments, figures, to_markdown, setting={})
 
 
 def to_markdown(record: dict) -> str:
     """The record as a table."""
-    rows = [[name, f"{share:.0%}"] for name, share in [*record["lower"].items(), ("all", record["mean"])]]
+    means = [(f"all {kind}", share) for kind, share in record["kinds"].items()]
+    rows = [[name, f"{share:.0%}"] for name, share in [*record["lower"].items(), *means]]
     title = f"{record['faces']} faces of {record['photos']} photos: pairs in which the disturbed one has less SER-FIQ"
     return table(title, ["disturbed", "share of pairs"], rows)

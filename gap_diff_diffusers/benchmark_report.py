@@ -82,13 +82,19 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
             rows.append([condition, str(count), *(_show(of_condition, figure) for figure in figures)])
         title += f": mean over people (95 % interval, bootstrap over {len(people)} people)"
         tables.append(table(title, ["photos", "people", *figures], rows))
-        if "recognised" in figures:
+        for figure in named(figures, "recognised"):
             each = [
-                [condition, *(_of_person(of_condition, person, "recognised") for person in people)]
+                [condition, *(_of_person(of_condition, person, figure) for person in people)]
                 for condition, of_condition in conditions.items()
             ]
-            tables.append(table("Recognised, each person", ["photos", *people], each))
+            tables.append(table(f"{figure[0].upper()}{figure[1:]}, each person", ["photos", *people], each))
     return "\n".join([*tables, *_worst_attackers(records), _what_it_takes(records)])
+
+
+def named(figures: Iterable[str], *names: str) -> list[str]:
+    """Those of the figures that have these names, in their order, whichever backend measured them."""
+    figures = list(figures)
+    return [figure for name in names for figure in figures if figure.partition(" (")[0] == name]
 
 
 def groups_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
@@ -133,7 +139,7 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
             row = [f"ours: {condition}"]
             for name in letters:
                 of_prompt = [r for r in of_condition if letters_of[id(r)] == name]
-                row += [_mean(of_prompt, figure) for figure in printed.FIGURES]
+                row += [_as_printed(of_prompt, figure) for figure in printed.FIGURES]
             rows.append(row)
         for name, methods in printed.TABLES.items():
             for method, figures in methods.items():
@@ -146,7 +152,8 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
         cell = cells[0]["cell"]
         title = (
             f"{cell['method']} ({cell['preset']}) on {cell['model']}, beside what the paper prints of DreamBooth of "
-            "Stable Diffusion 2.1 with other detectors: not the levels, only the order of rows can be compared"
+            "Stable Diffusion 2.1 with other detectors and embeddings, its SER-FIQ stretched: not the levels, "
+            "only the order of rows can be compared"
         )
         header = [f"{prompt}: {figure}" for prompt in letters for figure in printed.FIGURES]
         tables.append(table(title, ["method", *header], rows))
@@ -159,35 +166,40 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
     for model, cells in _grouped(records, lambda record: json.dumps(record["cell"]["model"])).items():
         if len(_grouped(cells, _attack)) < 2:
             continue
+        figures = named(cells[0]["figures"], "recognised", "ISM")
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
             by_attack = _grouped(of_condition, _attack)
             row = [condition, str(len(by_attack))]
-            for figure in ("recognised", "ISM"):
+            for figure in figures:
                 most: dict[str, float] = {}
                 for of_attack in by_attack.values():
                     for person, value in person_means(of_attack, figure).items():
                         most[person] = max(value, most.get(person, value))
-                style = ".0%" if figure == "recognised" else ".2f"
+                style = ".0%" if figure.startswith("recognised") else ".2f"
                 row.append(f"{sum(most.values()) / len(most):{style}}" if most else "none")
             rows.append(row)
         title = f"The worst of the attackers on {json.loads(model)} for each person: mean over people"
-        tables.append(table(title, ["photos", "attackers", "recognised", "ISM"], rows))
+        tables.append(table(title, ["photos", "attackers", *figures], rows))
     return tables
 
 
 def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
     """Seconds and memory of protecting and of attacking, and what protecting does to the looks of photos."""
     rows = []
+    looks = [("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")]
+    if any("lpips" in (record.get("cost") or {}) for record in records):
+        looks.append(("lpips", "{:.3f}"))
     protections = _grouped(records, lambda record: (record["cell"]["protection"], record["cell"]["levels"]))
     for (protection, levels), cells in sorted(protections.items()):
         if protection != "none":
             took = statistics.median(record["seconds"].get("protection", 0) for record in cells)
             costs = [record["cost"] for record in cells if record.get("cost")]
             shown = []
-            for name, form in (("psnr", "{:.1f} dB"), ("ssim", "{:.3f}"), ("lpips", "{:.3f}")):
+            for name, form in looks:
                 values = [cost[name] for cost in costs if name in cost]
-                shown.append(form.format(statistics.mean(values)) if values else "")
+                few = f" ({len(values)} of {len(costs)} cells)" if 0 < len(values) < len(costs) else ""
+                shown.append(form.format(statistics.mean(values)) + few if values else "")
             rows.append([f"protecting a person's photos: {protection}, {levels} levels", f"{took:.1f} s", "", *shown])
     attacks = sorted(_grouped(records, _attack).values(), key=lambda cells: _title(cells[0]["cell"]))
     for cells in attacks:
@@ -201,11 +213,11 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
                 f"attacking: {method} ({preset})",
                 f"{training:.0f} s, and {drawing:.0f} s to draw",
                 f"{max(memory):.1f} GB" if memory else "",
-                *[""] * 3,
+                *[""] * len(looks),
             ]
         )
     title = "What it takes: median times and the most memory; and how far protected photos are from clean ones"
-    return table(title, ["", "time", "memory", "PSNR", "SSIM", "LPIPS"], rows)
+    return table(title, ["", "time", "memory", *(name.upper() for name, _ in looks)], rows)
 
 
 def _condition(record: Mapping[str, Any]) -> str:
@@ -222,8 +234,15 @@ def _subject(cell: Mapping[str, Any]) -> str | None:
     return None if word is None else word + prompt.rpartition(word)[2]
 
 
-def _mean(records: Sequence[dict[str, Any]], figure: str) -> str:
+def _as_printed(records: Sequence[dict[str, Any]], figure: str) -> str:
+    """The mean over people with the paper's accounting: a person without any face has an ISM of 0, a picture without
+    one a SER-FIQ of 0."""
+    figure = {"SER-FIQ": "SER-FIQ, all"}.get(figure, figure)
     values = list(person_means(records, figure).values())
+    if not records or figure not in records[0]["figures"]:
+        return ""
+    if figure == "ISM":
+        values += [0.0] * (len({record["cell"]["person"] for record in records}) - len(values))
     if not values:
         return ""
     style = ".0%" if records[0]["figures"][figure]["percent"] else ".2f"

@@ -51,7 +51,8 @@ class BenchmarkConfig:
         count: pictures for each prompt.
         num_inference_steps, guidance_scale: of drawing them; null for those of the attacker's class pictures.
         metrics: names of `METRICS`.
-        lpips: whether to measure LPIPS of protected photos, too, which needs torchvision; a cell is the same without.
+        lpips: whether to measure LPIPS of protected photos, too, which needs torchvision; cells that are there already
+            stay without it.
         resolution: side in pixels of the photos, as squares, that are published.
         people: how many of them, the first by name, unless the command line names some; null for all.
     """
@@ -105,6 +106,8 @@ class BenchmarkConfig:
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"expected metrics {', '.join(sorted(METRICS))}, got {name!r}")
+        if self.lpips and self.resolution < 64:
+            raise ValueError(f"expected a resolution of at least 64 to measure LPIPS at, got {self.resolution}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,11 @@ dlib is the default: offline, on the CPU. Figures of different backends are not 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import sys
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 LARGEST_SIDE = 1024
 
 
-class FaceEmbedding(ABC):
+class FaceRecognizer(ABC):
     """Finds faces and says by numbers whose they are.
 
     Attributes:
@@ -98,7 +101,7 @@ def cosine(first: np.ndarray, second: np.ndarray) -> float:
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
 
 
-class DlibFaces(FaceEmbedding):
+class DlibFaces(FaceRecognizer):
     """dlib's frontal face detector, its five landmarks and its embedding of 128 numbers.
 
     The threshold is the one that its network was made for (http://dlib.net/face_recognition.py.html). The models are
@@ -165,6 +168,7 @@ class DlibFaces(FaceEmbedding):
         return float(np.linalg.norm(first - second))
 
 
+YUNET_SIDE = 320
 OPENCV_ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/{commit}/models/{file}"
 OPENCV_ZOO_COMMIT = "779ffc85a86986d8e23d1d442e316d07825f230e"
 YUNET = "face_detection_yunet/face_detection_yunet_2023mar.onnx"
@@ -175,10 +179,10 @@ OPENCV_MODELS = {  # file: sha256
 }
 
 
-class OpenCVFaces(FaceEmbedding):
+class OpenCVFaces(FaceRecognizer):
     """YuNet finds faces, SFace embeds them in 128 numbers: networks of OpenCV Zoo (MIT and Apache-2.0, weights too).
 
-    The threshold is that of the zoo's demo: a cosine of 0.363.
+    The threshold is that of the zoo's demo for two photos: a cosine of 0.363.
 
     Args:
         models: a folder with the two `.onnx` files, by their names in the zoo; None to download them (39 MB) once.
@@ -195,28 +199,42 @@ class OpenCVFaces(FaceEmbedding):
         try:
             import cv2
         except ImportError as error:
-            raise ImportError("expected OpenCV, got none; pip install 'gap_diff_diffusers[metrics]'") from error
+            raise ImportError(
+                f"expected OpenCV, got none ({error}); pip install 'gap_diff_diffusers[metrics]'"
+            ) from error
         yunet, sface = (_opencv_model(file, models) for file in (YUNET, SFACE))
-        self._detector = cv2.FaceDetectorYN.create(str(yunet), "", (320, 320), 0.9, 0.3, 100)
-        self._network = cv2.FaceRecognizerSF.create(str(sface), "")
+        try:
+            self._detector = cv2.FaceDetectorYN.create(str(yunet), "", (320, 320), 0.9, 0.3, 5000)
+            self._network = cv2.FaceRecognizerSF.create(str(sface), "")
+        except cv2.error as error:
+            raise OSError(f"expected networks of OpenCV Zoo in {yunet} and {sface}, got other files") from error
 
     def embeddings(self, image: torch.Tensor) -> list[np.ndarray]:
+        """The faces in an image (3,H,W) in [0,1], the largest first: one array (128,) each.
+
+        YuNet knows faces of about 10 to 300 px. So they are looked for with the image scaled to a long side of
+        `YUNET_SIDE`, and cut out of the image as it is.
+        """
         pixels = np.ascontiguousarray(to_pixels(image)[:, :, ::-1])  # OpenCV's order is BGR
-        self._detector.setInputSize((pixels.shape[1], pixels.shape[0]))
-        _, found = self._detector.detect(pixels)
-        boxes = sorted(found if found is not None else [], key=lambda face: -face[2] * face[3])
-        return [self._network.feature(self._network.alignCrop(pixels, face)).ravel().copy() for face in boxes]
+        scale = YUNET_SIDE / max(pixels.shape[:2])
+        height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+        self._detector.setInputSize((width, height))
+        _, found = self._detector.detect(np.ascontiguousarray(resize_pixels(pixels, height, width)))
+        faces = [np.append(face[:14] / scale, face[14:]) for face in (found if found is not None else [])]
+        faces = sorted((face.astype(np.float32) for face in faces), key=lambda face: -face[2] * face[3])
+        return [self._network.feature(self._network.alignCrop(pixels, face)).ravel().copy() for face in faces]
 
     def distance(self, first: np.ndarray, second: np.ndarray) -> float:
         return 1 - cosine(first, second)
 
 
-class InsightFaces(FaceEmbedding):
+class InsightFaces(FaceRecognizer):
     """RetinaFace's successor SCRFD finds faces, ArcFace embeds them in 512 numbers: InsightFace's model pack by ONNX.
 
-    The nearest to the paper's RetinaFace and ArcFace. The library is MIT; **its pretrained models are for
+    The nearest to the paper's RetinaFace and ArcFace; but SCRFD takes a face for one from a score of 0.5 on, as
+    InsightFace has it, and upstream's RetinaFace from 0.9. The library is MIT; **its pretrained models are for
     non-commercial research only**, and it downloads them when it is first asked. The threshold is that of its own
-    verification: a cosine of 0.4.
+    verification of two photos: a cosine of 0.4.
 
     Args:
         models: a folder with a pack's `.onnx` files, or a pack's name.
@@ -233,15 +251,24 @@ class InsightFaces(FaceEmbedding):
         try:
             from insightface.app import FaceAnalysis
         except ImportError as error:
-            raise ImportError("expected insightface, got none; pip install 'gap_diff_diffusers[arcface]'") from error
+            raise ImportError(
+                f"expected insightface, got none ({error}); pip install 'gap_diff_diffusers[arcface]'"
+            ) from error
+        if isinstance(models, Path) and not models.is_dir():
+            raise OSError(f"expected a folder with a model pack of insightface, found none at {models}")
         logger.warning("InsightFace's pretrained models are for non-commercial research only")
+        remedy = f"expected a model pack of insightface, got {models}; if its download broke off, delete it"
         try:
-            self._analysis = FaceAnalysis(
-                str(models), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
-            )
-        except (AssertionError, RuntimeError) as error:  # of a pack without a detector; of a failed download
-            raise OSError(f"expected a model pack of insightface, got {models} ({error})") from error
-        self._analysis.prepare(ctx_id=-1, det_size=(640, 640))
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it downloads
+                self._analysis = FaceAnalysis(
+                    str(models), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
+                )
+        # Of a pack without a detector, a failed download, a broken archive, files that are no networks.
+        except (AssertionError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise OSError(f"{remedy} ({error})") from error
+        if "recognition" not in self._analysis.models:
+            raise OSError(f"{remedy} (it has no network that embeds faces)")
+        self._analysis.prepare(ctx_id=-1, det_thresh=0.5)  # at insightface's own two sizes
 
     def embeddings(self, image: torch.Tensor) -> list[np.ndarray]:
         faces = self._analysis.get(np.ascontiguousarray(to_pixels(image)[:, :, ::-1]))
@@ -256,7 +283,8 @@ def _opencv_model(file: str, folder: Path | None) -> Path:
     """Where a model of the zoo is; it is downloaded if no folder is given, and checked."""
     if folder is None:
         address = OPENCV_ZOO.format(commit=OPENCV_ZOO_COMMIT, file=file)
-        return fetch_file(address, cache_folder("opencv-zoo") / file, OPENCV_MODELS[file])
+        path = cache_folder("opencv-zoo") / file
+        return fetch_file(address, path, OPENCV_MODELS[file], instead=f"put it at {path} by other means")
     path = Path(folder) / Path(file).name
     if not path.is_file():
         raise OSError(f"expected {path.name} in {folder}, found none; leave the folder out to download it")

@@ -1,6 +1,7 @@
 """Tiny ONNX networks of the shapes that OpenCV's and InsightFace's face recognition load.
 
-Their "faces" are bright blocks of 32 px; the brighter, the larger. Their embeddings are coarse versions of the crop.
+Their "faces" are bright blocks of 32 px; the brighter, the higher the score and the smaller the box. Their embeddings
+are coarse versions of the crop.
 """
 
 from pathlib import Path
@@ -22,7 +23,8 @@ def save_yunet(path: Path) -> None:
             outputs[f"{kind}_{stride}"] = ("score" if width == 1 else "zero", stride, kind, (1, "n", width))
     constants |= {
         "kps": LANDMARKS.reshape(1, 1, 10),
-        "bbox": np.array([0.5, 0.5, 1.0, 1.0], np.float32).reshape(1, 1, 4),  # the last two are logarithms of strides
+        "bbox": np.array([0.5, 0.5, -2.0, -2.0], np.float32).reshape(1, 1, 4),
+        "least": np.array([0.0, 0.0, 3.0, 3.0], np.float32).reshape(1, 1, 4),  # the last two: logarithms of strides
     }
     _save(path, nodes, constants, outputs)
 
@@ -34,7 +36,8 @@ def save_scrfd(path: Path) -> None:
     for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
         for stride in STRIDES:
             outputs[f"{kind}_{stride}"] = ("score" if width == 1 else "zero", stride, kind, ("n", width))
-    constants |= {"kps": LANDMARKS.reshape(1, 10), "bbox": np.full((1, 4), 3.0, np.float32)}
+    constants |= {"kps": LANDMARKS.reshape(1, 10)}
+    constants |= {"bbox": np.full((1, 4), -4.0, np.float32), "least": np.full((1, 4), 7.0, np.float32)}
     _save(path, nodes, constants, outputs, anchors=2)
 
 
@@ -88,7 +91,8 @@ def _save(path: Path, nodes: list, constants: dict, outputs: dict, anchors: int 
             there = stride == STRIDES[-1]
             nodes.append(helper.make_node("Mul", [flat, "once" if there else "nothing"], [name]))
         elif constant == "bbox":
-            nodes.append(helper.make_node("Mul", [flat, "bbox"], [name]))
+            nodes.append(helper.make_node("Mul", [flat, "bbox"], [f"less_{name}"]))
+            nodes.append(helper.make_node("Add", [f"less_{name}", "least"], [name]))
         else:
             nodes.append(helper.make_node("Mul", [flat, "nothing"], [f"zero_{name}"]))
             nodes.append(helper.make_node("Add", [f"zero_{name}", "kps"], [name]))

@@ -411,6 +411,23 @@ def test_the_worst_attacker_is_each_persons_own():
     assert "| clean | 2 | 70% | 0.50 |" in text and "| gap-diff, 8 levels | 1 | 30% | 0.50 |" in text
 
 
+def test_figures_of_other_backends_are_reported_as_well(tmp_path):
+    records = [record("a", 0.8), record("a", 0.2, method="lora")]
+    for each in records:
+        each["figures"] = {f"{name} (SFace)": figure for name, figure in each["figures"].items()}
+    text = benchmark_report.to_markdown(records)
+    assert "Recognised (SFace), each person" in text and "| clean | 2 | 80% | 0.50 |" in text
+    assert [path.stem for path in draw_plots(records, tmp_path)] == ["conditions-1", "conditions-2"]
+
+
+def test_lpips_has_a_column_where_it_was_measured():
+    records = [record("a", 0.1, protection="gap-diff"), record("b", 0.1, protection="gap-diff")]
+    for each, cost in zip(records, ({"psnr": 32.0, "ssim": 0.8}, {"psnr": 34.0, "ssim": 0.9, "lpips": 0.25})):
+        each["cost"] = cost
+    assert "| 33.0 dB | 0.850 | 0.250 (1 of 2 cells) |" in benchmark_report.to_markdown(records)
+    assert "LPIPS" not in benchmark_report.to_markdown(records[:1])
+
+
 def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
     assert benchmark_report.papers_tables([record("a", 1.0)]) == ""
     prompts = ["a photo of sks person", "a photo of sks person in front of eiffel tower"]
@@ -423,6 +440,15 @@ def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
     assert "D: FDFR" in header and "B: FDFR" not in header
     assert "| ours: clean |  | 0.50 |  |  |  | 0.50 |  |  |" in text
     assert "| printed, first table: GAP-Diff | 78% | 0.25 | 42.04 | 0.23 | 73% | 0.08 | 41.69 | 0.08 |" in text
+    nobody = [record("b", 0.0, fdfr=1, prompt=prompts[0], attack=learned)]
+    both = [record("a", 1.0, prompt=prompts[0], attack=learned), *nobody]
+    for each, every in zip(both, (0.9, 0.1)):  # the paper counts pictures, and people, without a face as 0
+        each["figures"] |= {
+            "SER-FIQ": {"mean": 0.8, "percent": False},
+            "SER-FIQ, all": {"mean": every, "percent": False},
+        }
+    assert "| ours: clean |  | 0.25 |  | 0.50 |" in benchmark_report.papers_tables(both)
+    assert "| ours: clean |  | 0.00 |  | 0.10 |" in benchmark_report.papers_tables(nobody)
     for methods in benchmark_printed.TABLES.values():
         for figures in methods.values():
             assert list(figures) == list("ABCD")

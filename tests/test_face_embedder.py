@@ -1,6 +1,8 @@
 """The face embedder of SER-FIQ: its dropout, its training, and what ships."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from gap_diff_diffusers.metrics.quality import FACE_EMBEDDER, SerFiq
 from gap_diff_diffusers.models.face_embedder import FACE_SIZE, FaceEmbedder
 from gap_diff_diffusers.training.face_embedder import MARGIN, FaceEmbedderConfig, disturb, train_face_embedder
 
+SCRIPTS = Path(__file__).parents[1] / "training_scripts"
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
 
 
@@ -69,6 +72,15 @@ def test_ser_fiq_falls_as_a_face_is_hidden(metric, face):
     assert 0 < max(worse) < clear < 1
 
 
+def test_ser_fiq_is_what_the_paper_defines(metric, face):
+    """2 sigmoid(-d), d the mean distance of all pairs of normalized embeddings (arXiv 2003.09373, equation 1)."""
+    with torch.no_grad():
+        drawn = metric.network.draw_embeddings(face[None], 100, torch.Generator().manual_seed(0))[0].double().numpy()
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    distances = [np.linalg.norm(drawn[i] - drawn[j]) for i in range(100) for j in range(i)]
+    assert metric.score(face[None]).item() == pytest.approx(2 / (1 + np.exp(np.mean(distances))), abs=1e-5)
+
+
 def test_a_picture_without_a_face_has_no_ser_fiq_or_0(metric):
     photo = torch.from_numpy(np.array(Image.open(ASTRONAUT).convert("RGB"))).permute(2, 0, 1) / 255
     some, every = metric([photo, torch.zeros_like(photo)])
@@ -121,15 +133,58 @@ def test_the_quality_benchmark_compares_each_face_with_itself(photos, tmp_path, 
     assert main(command) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["photos"] == 5 and figures["faces"] == 4
-    assert set(figures["lower"].values()) <= {0, 0.25, 0.5, 0.75, 1}
+    assert set(figures["lower"].values()) <= {0, 0.25, 0.5, 0.75, 1} and figures["set"] == "photos"
+    assert figures["kinds"]["blurred"] == pytest.approx(
+        np.mean([share for name, share in figures["lower"].items() if "blurred" in name])
+    )
     assert "| left half covered | 100% |" in capsys.readouterr().out
     for path in photos.iterdir():
         Image.new("RGB", (256, 256)).save(path)
     assert main(command) == 2 and "found none in 5" in capsys.readouterr().err
 
 
-def test_what_ships_fits_its_record():
+@pytest.mark.parametrize(
+    "wrong", [{"disturbed": 1.5}, {"disturbed_length": -0.1}, {"photo_size": 64}, {"checkpointing_steps": 0}]
+)
+def test_settings_that_make_no_sense_are_named(wrong, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        FaceEmbedderConfig(output_dir=str(tmp_path), train_data_dir=(str(tmp_path),), **wrong)
+
+
+def test_what_ships_fits_its_record_and_the_config():
     record = json.loads((FACE_EMBEDDER / "training_record.json").read_text())
     network = FaceEmbedder.from_pretrained(FACE_EMBEDDER)
     assert sum(p.numel() for p in network.parameters()) == record["parameters"]
-    assert record["figures"]["held_out/cosine"] > 0.3
+    assert record["figures"]["held_out/cosine"] > 0.5
+    config = json.loads((SCRIPTS / "configs" / "face_embedder.json").read_text())
+    assert config == {name: record["config"][name] for name in config}
+
+
+def test_the_script_trains_what_can_be_loaded(photos, tmp_path):
+    """Two steps, as its user runs it."""
+    command = [
+        sys.executable,
+        SCRIPTS / "train_face_embedder.py",
+        "--config",
+        SCRIPTS / "configs" / "face_embedder.json",
+    ]
+    command += ["--train_data_dir", photos, "--output_dir", tmp_path / "run", "--max_train_steps", 2]
+    result = subprocess.run(
+        [str(word) for word in [*command, "--train_batch_size", 2]], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert FaceEmbedder.from_pretrained(tmp_path / "run").config.embedding_size == 128
+    assert json.loads((tmp_path / "run" / "training_record.json").read_text())["photos"]["train"] == 3
+    again = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert again.returncode != 0 and "expected an output folder without checkpoints" in again.stderr
+
+
+def test_a_disturbed_face_teaches_a_shorter_embedding(photos, tmp_path):
+    """Targets have a mean square of 1, and are nearly at right angles to what a new network says."""
+    losses = []
+    for length in (0.0, 1.0):
+        config = {"train_data_dir": (str(photos),), "mixed_precision": "no", "train_batch_size": 8, "disturbed": 1.0}
+        config |= {"output_dir": str(tmp_path / str(length)), "disturbed_length": length, "max_train_steps": 1}
+        run, _ = train_face_embedder(FaceEmbedderConfig(**config))
+        losses.append(json.loads((run.output_dir / "training_log.jsonl").read_text())["loss"])
+    assert losses[1] - losses[0] == pytest.approx(1, abs=0.6)

@@ -79,20 +79,25 @@ def test_people_are_groups_of_faces_that_are_alike(faces):
 
 @pytest.fixture
 def two_blocks():
-    """What the networks of `face_networks` take for a large face, red, and a small one, gray."""
+    """What the networks of `face_networks` take for a large face, reddish, and a small one, surer of that."""
     image = torch.full((3, 320, 320), 0.1)
-    image[:, 96:128, 96:128] = 1
-    image[:2, 128:130, 96:128] = torch.tensor([0.9, 0.0])[:, None, None]  # something that tells the colors apart
-    image[:, 224:256, 224:256] = 0.96
+    image[:, 96:128, 96:128] = torch.tensor([1.0, 0.95, 0.9])[:, None, None]
+    image[:, 224:256, 224:256] = 1
     return image
 
 
 def _check_backend(backend, image):
-    """Faces come the largest first; those of other pictures are told apart; colors are not exchanged."""
+    """Faces come the largest first, with their colors, wherever they are; pictures without one are told apart."""
     large, small = backend.embeddings(image)
-    (alone,) = backend.embeddings(torch.where(image == 0.96, 0.1, image))
-    np.testing.assert_allclose(alone, large, rtol=1e-5)
+    red, green, blue = large.reshape(3, -1).mean(1)
+    assert red > green > blue and np.ptp(small.reshape(3, -1).mean(1)) < 1e-3 * (red - blue)
+    (alone,) = backend.embeddings(torch.where((image == 1).all(0), 0.1, image))
+    np.testing.assert_allclose(alone, large, rtol=1e-4)
     assert backend.distance(large, small) > backend.distance(large, alone) == pytest.approx(0, abs=1e-6)
+    twice = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert [backend.distance(*pair) for pair in zip(backend.embeddings(twice), (large, small), strict=True)] == [
+        pytest.approx(0, abs=0.05)
+    ] * 2
     assert backend.embeddings(torch.full((3, 320, 320), 0.1)) == []
     results = {r.name: r for r in Identity(backend, " (tiny)")([image, torch.zeros_like(image)], [image])}
     assert results["FDFR (tiny)"].values == [0, 1] and results["recognised (tiny)"].values == [1, 0]
@@ -106,6 +111,9 @@ def test_opencv_finds_the_largest_face_first(tmp_path, two_blocks):
         OpenCVFaces(tmp_path)
     face_networks.save_embedder(tmp_path / "face_recognition_sface_2021dec.onnx")
     _check_backend(OpenCVFaces(tmp_path), two_blocks)
+    (tmp_path / "face_recognition_sface_2021dec.onnx").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(OSError, match="expected networks of OpenCV Zoo"):
+        OpenCVFaces(tmp_path)
 
 
 def test_insightface_finds_the_largest_face_first(tmp_path, two_blocks):
@@ -113,6 +121,11 @@ def test_insightface_finds_the_largest_face_first(tmp_path, two_blocks):
     face_networks.save_scrfd(tmp_path / "detector.onnx")
     face_networks.save_embedder(tmp_path / "embedder.onnx")
     _check_backend(InsightFaces(tmp_path), two_blocks)
+    with pytest.raises(OSError, match="expected a folder with a model pack"):
+        InsightFaces(tmp_path / "none")
+    (tmp_path / "embedder.onnx").unlink()
+    with pytest.raises(OSError, match="no network that embeds faces"):
+        InsightFaces(tmp_path)
 
 
 def test_lpips_is_0_for_what_is_alike():

@@ -28,7 +28,10 @@ class Lpips:
                 f"expected lpips with torchvision, got none ({error}); pip install "
                 "'gap_diff_diffusers[lpips]', or measure without"
             ) from error
-        self._network = lpips.LPIPS(**{"net": "alex", "verbose": False, **options}).eval()
+        try:
+            self._network = lpips.LPIPS(**{"net": "alex", "verbose": False, **options}).eval()
+        except RuntimeError as error:  # of a download that was cut off
+            raise OSError(f"the weights of AlexNet could not be loaded ({error}); fetch them anew") from error
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray, reference: np.ndarray) -> float:

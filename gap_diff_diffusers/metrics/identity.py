@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..recognition import DlibFaces, FaceEmbedding, InsightFaces, OpenCVFaces
+from ..recognition import DlibFaces, FaceRecognizer, InsightFaces, OpenCVFaces
 from .base import Metric, MetricResult
 
 LESS, MORE = "less like the person", "more like the person"
@@ -21,14 +21,15 @@ class Identity(Metric):
 
     FDFR and ISM are those of GAP-Diff's evaluation (section V), with the backend's detector and embedding: ISM is
     the cosine of a picture's embedding and the mean of the reference's. A picture without a face counts for FDFR, is
-    not recognised, and has no ISM; "ISM, all" counts it as 0, as the paper's does.
+    not recognised, and has no ISM; "ISM, all" counts it as 0. The paper's own ISM is the mean over pictures with a
+    face, and 0 for a person without any: `benchmark report` counts so where it prints the paper's figures beside ours.
 
     Args:
         faces: the backend.
         suffix: after the figures' names, so that those of several backends can stand in one table.
     """
 
-    def __init__(self, faces: FaceEmbedding, suffix: str = ""):
+    def __init__(self, faces: FaceRecognizer, suffix: str = ""):
         self.faces, self.suffix = faces, suffix
 
     def __call__(self, images: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[MetricResult]:

@@ -1,4 +1,4 @@
-"""A small network that recognises faces with dropout, so that one can ask how sure it is: for SER-FIQ."""
+"""A small network that recognizes faces with dropout, so that one can ask how sure it is: for SER-FIQ."""
 
 from __future__ import annotations
 

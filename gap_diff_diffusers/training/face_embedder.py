@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from ..config import portable_name, provenance
 from ..data import PhotosConfig, Source, face_square, to_tensor
@@ -37,6 +38,15 @@ class FaceEmbedderConfig(PhotosConfig, LoopConfig):
     photo_size: int = 512
     disturbed: float = 0.5
     disturbed_length: float = 0.1
+
+    def __post_init__(self):
+        PhotosConfig.__post_init__(self)
+        LoopConfig.__post_init__(self)
+        for name in ("disturbed", "disturbed_length"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} from 0 to 1, got {getattr(self, name)}")
+        if self.photo_size < FACE_SIZE:
+            raise ValueError(f"expected photo_size of at least {FACE_SIZE}, got {self.photo_size}")
 
 
 class FaceEmbedderTrainer(TrainingLoop):
@@ -84,15 +94,15 @@ def disturb(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A face (3,H,W) in [0,1], blurred, darkened, partly covered or noisy, as drawn."""
     kind, *draws = torch.rand(6, generator=generator).tolist()
     size = image.shape[-1]
-    if kind < 0.25:  # by going down to 8 to 40 px and back
+    if kind < 0.2:  # by going down to 8 to 40 px and back
         low = round(8 + 32 * draws[0])
         small = F.interpolate(image[None], (low, low), mode="bilinear", antialias=True, align_corners=False)
         return F.interpolate(small, (size, size), mode="bilinear", align_corners=False)[0].clamp(0, 1)
-    if kind < 0.5:  # with the noise and the rounding that a dark photo has
+    if kind < 0.4:  # with the noise and the rounding that a dark photo has
         dark = image * (0.03 + 0.37 * draws[0]) + 0.01 * torch.randn(image.shape, generator=generator)
         return (dark.clamp(0, 1) * 255).round() / 255
-    if kind < 0.75:
-        area, share = 0.1 + 0.3 * draws[0], 0.3 + 0.7 * draws[1]
+    if kind < 0.85:
+        area, share = 0.08 + 0.3 * draws[0], 0.3 + 0.7 * draws[1]
         width, height = round(size * share), round(size * min(area / share, 1))
         top, left = round((size - height) * draws[2]), round((size - width) * draws[3])
         covered = image.clone()
@@ -136,7 +146,7 @@ def _find(backend: DlibFaces, photos: list[Source], size: int) -> tuple[list[tor
     """Aligned faces (3,S,S) with `MARGIN` around them, what dlib's network says of each (N,128), both as they are and
     mirrored; and how many photos were left out."""
     faces, targets, left_out = [], [], 0
-    for source in photos:
+    for source in tqdm(photos, desc="looking for faces", disable=None):
         try:
             square = face_square(source)
         except PhotoError:
@@ -150,7 +160,9 @@ def _find(backend: DlibFaces, photos: list[Source], size: int) -> tuple[list[tor
         faces += [backend.cut(view, FACE_SIZE, MARGIN)[0] for view in views]
         targets += [torch.from_numpy(backend.embed(view)[0]).float() for view in views]
     if not faces:
-        raise ValueError(f"expected photos with a face, found none in {len(photos)}")
+        raise ValueError(
+            f"expected photos with a face, to train on and held out, found none in {len(photos)} of these"
+        )
     return faces, torch.stack(targets), left_out
 
 
