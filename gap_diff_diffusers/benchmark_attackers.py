@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resolution", type=int, default=256, help="side of the photos (default: %(default)s)")
     parser.add_argument("--train_batch_size", type=int, default=1, help="photos a step, and as many of the class")
-    parser.add_argument("--steps", type=int, default=20, help="steps to time (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="steps to time (default: %(default)s)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--diffusers_examples", metavar="CHECKOUT", help="of diffusers (default: what was fetched)")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one, else cpu)")
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": seconds,
         "ratio": theirs / ours,
     }
-    return report(arguments, figures, to_markdown)
+    return report(arguments, figures, to_markdown, setting={})
 
 
 def to_markdown(record: dict) -> str:

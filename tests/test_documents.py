@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from gap_diff_diffusers import (
+    benchmark_attackers,
     benchmark_displacement,
+    benchmark_identities,
     benchmark_quality,
     benchmark_report,
     benchmark_scale,
@@ -49,6 +51,18 @@ def test_the_attacks_in_the_documents_are_those_of_the_cells():
     text = benchmark_report.to_markdown(benchmark_report.load_cells(CELLS)).strip()
     for document in (ROOT / "README.md", ROOT / "model_card.md", CELLS.parent / "report.md"):
         assert text in document.read_text(), f"{document.name}: make the report of {CELLS.name} again"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("attackers", benchmark_attackers), ("identities", benchmark_identities)]
+)
+def test_what_says_whether_the_measuring_is_sound(name, module):
+    figures = json.loads((CELLS.parent / f"{name}.json").read_text())
+    assert module.to_markdown(figures).strip() in (ROOT / "README.md").read_text()
+    if name == "attackers":
+        assert figures["ratio"] >= 1.5
+    else:
+        assert all(figure["auc"] >= 0.99 for figure in figures["figures"].values())
 
 
 def test_the_readme_names_every_attacker():
