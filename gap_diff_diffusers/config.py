@@ -44,6 +44,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) ->
         parser.add_argument(f"--{field.name}", **options)
 
 
+def training_parser(description: str | None, config_class: type) -> argparse.ArgumentParser:
+    """The flags that every training script has: a config file, resuming, and a flag per setting."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    add_config_arguments(parser, config_class)
+    return parser
+
+
 def _json_or_word(text: str) -> Any:
     try:
         return json.loads(text)
@@ -109,6 +118,19 @@ def portable_name(value: str | None) -> str | None:
     if value is None or not (Path(value).is_absolute() or Path(value).exists()):
         return value
     return Path(value).resolve().name
+
+
+def portable_settings(config: Any, *paths: str) -> dict[str, Any]:
+    """The config of a training as its record states it: as JSON has it, and without folders of this machine.
+
+    `paths` names its settings that are a path or several, besides those that say which photos it takes.
+    """
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    del settings["output_dir"]
+    for key in ("train_data_dir", "dataset_name", *paths):
+        value = settings[key]
+        settings[key] = [portable_name(v) for v in value] if isinstance(value, list) else portable_name(value)
+    return settings
 
 
 def choose_device(device: str | None = None) -> str:

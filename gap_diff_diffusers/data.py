@@ -170,6 +170,12 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
+def split_record(train: int, held_out: int, skipped: int) -> dict[str, int | str]:
+    """What a training record says of its photos: how many there are, and how `split_held_out` divides them."""
+    rule = "the first of every ten, by folder and name, is held out"
+    return {"train": train, "held_out": held_out, "skipped": skipped, "rule": rule}
+
+
 def face_square(source: Source, face_scale: float | None = None) -> Image.Image:
     """The largest square of a portrait: centered across, and from the top, where the face is.
 

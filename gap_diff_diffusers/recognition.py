@@ -44,9 +44,9 @@ class FaceRecognizer(ABC):
     def embeddings(self, image: torch.Tensor) -> list[np.ndarray]:
         """The faces in an image (3,H,W) in [0,1], the largest first: one array (E,) each."""
 
-    @abstractmethod
     def distance(self, first: np.ndarray, second: np.ndarray) -> float:
-        """How unlike two faces are, as the backend measures it."""
+        """How unlike two faces are, as the backend measures it: unless it says otherwise, 1 less their cosine."""
+        return 1 - cosine(first, second)
 
     def reference(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has.
@@ -224,9 +224,6 @@ class OpenCVFaces(FaceRecognizer):
         faces = sorted((face.astype(np.float32) for face in faces), key=lambda face: -face[2] * face[3])
         return [self._network.feature(self._network.alignCrop(pixels, face)).ravel().copy() for face in faces]
 
-    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
-        return 1 - cosine(first, second)
-
 
 class InsightFaces(FaceRecognizer):
     """RetinaFace's successor SCRFD finds faces, ArcFace embeds them in 512 numbers: InsightFace's model pack by ONNX.
@@ -274,9 +271,6 @@ class InsightFaces(FaceRecognizer):
         faces = self._analysis.get(np.ascontiguousarray(to_pixels(image)[:, :, ::-1]))
         areas = [(face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]) for face in faces]
         return [faces[i].embedding for i in sorted(range(len(faces)), key=lambda i: -areas[i])]
-
-    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
-        return 1 - cosine(first, second)
 
 
 def _opencv_model(file: str, folder: Path | None) -> Path:

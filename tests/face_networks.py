@@ -20,7 +20,7 @@ def save_yunet(path: Path) -> None:
     outputs = {}
     for kind, width in (("cls", 1), ("obj", 1), ("bbox", 4), ("kps", 10)):
         for stride in STRIDES:
-            outputs[f"{kind}_{stride}"] = ("score" if width == 1 else "zero", stride, kind, (1, "n", width))
+            outputs[f"{kind}_{stride}"] = (kind, stride, (1, "n", width))
     constants |= {
         "kps": LANDMARKS.reshape(1, 1, 10),
         "bbox": np.array([0.5, 0.5, -2.0, -2.0], np.float32).reshape(1, 1, 4),
@@ -35,7 +35,7 @@ def save_scrfd(path: Path) -> None:
     outputs = {}
     for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
         for stride in STRIDES:
-            outputs[f"{kind}_{stride}"] = ("score" if width == 1 else "zero", stride, kind, ("n", width))
+            outputs[f"{kind}_{stride}"] = (kind, stride, ("n", width))
     constants |= {"kps": LANDMARKS.reshape(1, 10)}
     constants |= {"bbox": np.full((1, 4), -4.0, np.float32), "least": np.full((1, 4), 7.0, np.float32)}
     _save(path, nodes, constants, outputs, anchors=2)
@@ -80,17 +80,17 @@ def _brightness(shape: tuple[int, ...], scale: float, offset: float) -> tuple[li
 
 def _save(path: Path, nodes: list, constants: dict, outputs: dict, anchors: int = 1) -> None:
     described = []
-    for name, (kind, stride, constant, shape) in outputs.items():
+    for name, (kind, stride, shape) in outputs.items():
         flat = f"flat_{stride}"
         if anchors > 1:
             many = f"many_{name}"
             nodes.append(helper.make_node("Concat", [flat] * anchors, [f"side_{name}"], axis=1))
             nodes.append(helper.make_node("Reshape", [f"side_{name}", "shape"], [many]))
             flat = many
-        if kind == "score":  # of the coarsest stride alone
+        if kind in ("cls", "obj", "score"):  # of the coarsest stride alone
             there = stride == STRIDES[-1]
             nodes.append(helper.make_node("Mul", [flat, "once" if there else "nothing"], [name]))
-        elif constant == "bbox":
+        elif kind == "bbox":
             nodes.append(helper.make_node("Mul", [flat, "bbox"], [f"less_{name}"]))
             nodes.append(helper.make_node("Add", [f"less_{name}", "least"], [name]))
         else:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import gap_diff_diffusers
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.data import to_tensor
 from gap_diff_diffusers.metrics.quality import FACE_EMBEDDER, SerFiq
 from gap_diff_diffusers.models.face_embedder import FACE_SIZE, FaceEmbedder
 from gap_diff_diffusers.training.face_embedder import MARGIN, FaceEmbedderConfig, disturb, train_face_embedder
@@ -27,7 +28,7 @@ def metric():
 
 @pytest.fixture(scope="module")
 def face(metric):
-    photo = torch.from_numpy(np.array(Image.open(ASTRONAUT).convert("RGB"))).permute(2, 0, 1) / 255
+    photo = to_tensor(Image.open(ASTRONAUT))
     return metric.faces.align(photo, FACE_SIZE)[0]
 
 
@@ -56,7 +57,7 @@ def test_dropout_changes_embeddings_but_not_their_mean(face):
 
 
 def test_a_face_is_aligned_within_its_margin(metric, face):
-    photo = torch.from_numpy(np.array(Image.open(ASTRONAUT).convert("RGB"))).permute(2, 0, 1) / 255
+    photo = to_tensor(Image.open(ASTRONAUT))
     wide, *_ = metric.faces.cut(metric.faces.locate(photo), FACE_SIZE, MARGIN)
     assert wide.shape == (3, FACE_SIZE + 2 * MARGIN, FACE_SIZE + 2 * MARGIN)
     assert (wide[:, MARGIN:-MARGIN, MARGIN:-MARGIN] - face).abs().mean() < 0.02
@@ -82,7 +83,7 @@ def test_ser_fiq_is_what_the_paper_defines(metric, face):
 
 
 def test_a_picture_without_a_face_has_no_ser_fiq_or_0(metric):
-    photo = torch.from_numpy(np.array(Image.open(ASTRONAUT).convert("RGB"))).permute(2, 0, 1) / 255
+    photo = to_tensor(Image.open(ASTRONAUT))
     some, every = metric([photo, torch.zeros_like(photo)])
     assert some.values[1] is None and every.values == [some.values[0], 0]
     with pytest.raises(ValueError, match="expected pictures"):

@@ -15,16 +15,12 @@ from pathlib import Path
 
 import torch
 
-from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
+from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
 from gap_diff_diffusers.training.face_embedder import FaceEmbedderConfig, train_face_embedder
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
-    add_config_arguments(parser, FaceEmbedderConfig)
-    return parser.parse_args(input_args)
+    return training_parser(__doc__, FaceEmbedderConfig).parse_args(input_args)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -15,15 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
-from gap_diff_diffusers.config import add_config_arguments, config_from_arguments, write_json
+from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
-    add_config_arguments(parser, GAPDiffTrainingConfig)
+    parser = training_parser(__doc__, GAPDiffTrainingConfig)
     hub.add_arguments(parser)
     return parser.parse_args(input_args)
 

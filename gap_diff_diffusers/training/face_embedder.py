@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..config import portable_name, provenance
-from ..data import PhotosConfig, Source, face_square, to_tensor
+from ..config import portable_settings, provenance
+from ..data import PhotosConfig, Source, face_square, split_record, to_tensor
 from ..images import PhotoError
 from ..models.face_embedder import FACE_SIZE, FaceEmbedder
 from ..recognition import DlibFaces
 from .loop import LoopConfig, TrainingLoop
-
-logger = logging.getLogger(__name__)
 
 MARGIN = 4
 """How far faces are moved about in training, in pixels."""
@@ -123,19 +118,10 @@ def train_face_embedder(config: FaceEmbedderConfig, *, resume: bool = False) -> 
     """
     trainer = FaceEmbedderTrainer(config)
     figures = trainer.train(resume=resume)
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    del settings["output_dir"]
-    settings["train_data_dir"] = [portable_name(folder) for folder in config.train_data_dir]
-    settings["dataset_name"] = portable_name(config.dataset_name)
     return trainer, {
-        "config": settings,
+        "config": portable_settings(config),
         "teacher": "dlib_face_recognition_resnet_model_v1 of face_recognition_models",
-        "photos": {
-            "train": len(trainer.faces) // 2,
-            "held_out": len(trainer.held_out) // 2,
-            "skipped": trainer.left_out,
-            "rule": "the first of every ten, by folder and name, is held out",
-        },
+        "photos": split_record(len(trainer.faces) // 2, len(trainer.held_out) // 2, trainer.left_out),
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "figures": figures,
         "versions": provenance(),

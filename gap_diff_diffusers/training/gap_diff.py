@@ -14,15 +14,15 @@ protected photos while the generator learns.
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import check_at_least_one, check_choices, portable_name, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces
+from ..config import check_at_least_one, check_choices, portable_settings, provenance
+from ..data import FaceCrops, PhotosConfig, load_faces, split_record
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import Surrogate, load_surrogate
@@ -378,12 +378,7 @@ class GAPDiffTrainer(TrainingLoop):
 
     def record(self, figures: dict[str, Any]) -> dict[str, Any]:
         """What stands beside the weights: config, data, steps, versions, final figures."""
-        config = asdict(self.config)
-        del config["output_dir"]
-        for key in ("train_data_dir", "encoders", "surrogates"):
-            config[key] = [portable_name(value) for value in config[key]]
-        for key in ("dataset_name", "init_from"):
-            config[key] = portable_name(config[key])
+        config = portable_settings(self.config, "encoders", "surrogates", "init_from")
         architecture = self.generator.config
         config |= {
             key: architecture[key]
@@ -395,12 +390,7 @@ class GAPDiffTrainer(TrainingLoop):
             if earlier and earlier.is_file()
             else config["init_from"] or "random",
             "config": config,
-            "photos": {
-                "train": len(self.crops.squares),
-                "held_out": len(self.held_out),
-                "skipped": self.crops.skipped,
-                "rule": "the first of every ten, by folder and name, is held out",
-            },
+            "photos": split_record(len(self.crops.squares), len(self.held_out), self.crops.skipped),
             "encoders": [encoder.name for encoder in self.encoders],
             "steps": self.step,
             "figures": figures,

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import check_choices, portable_name, provenance, write_json
-from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out
+from ..config import check_choices, portable_name, portable_settings, provenance, write_json
+from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out, split_record
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
@@ -495,12 +495,7 @@ def train_surrogate(
     record = {
         "initial_autoencoder": first["initial_weights"],
         "config": _settings(config),
-        "photos": {
-            "train": len(denoiser.latents) // 2,
-            "held_out": len(denoiser.held_out) // 2,
-            "skipped": denoiser.left_out,
-            "rule": "the first of every ten, by folder and name, is held out",
-        },
+        "photos": split_record(len(denoiser.latents) // 2, len(denoiser.held_out) // 2, denoiser.left_out),
         "parameters": {
             name: sum(p.numel() for p in module.parameters())
             for name, module in (("vae", vae), ("unet", denoiser.unet), ("text_encoder", denoiser.text_encoder))
@@ -513,12 +508,7 @@ def train_surrogate(
 
 def _settings(config: SurrogateTrainingConfig, *keys: str) -> dict[str, Any]:
     """The config, or these keys of it, as a record states it: without folders of this machine."""
-    settings = json.loads(json.dumps(asdict(config)))
-    del settings["output_dir"]
-    for key in ("train_data_dir", "feature_encoders"):
-        settings[key] = [portable_name(value) for value in settings[key]]
-    for key in ("dataset_name", "vae_init_from"):
-        settings[key] = portable_name(settings[key])
+    settings = portable_settings(config, "feature_encoders", "vae_init_from")
     return {key: settings[key] for key in keys or settings}
 
 
