@@ -160,7 +160,9 @@ class DreamBooth:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         text = {id(parameter) for encoder in surrogate.text_encoders for parameter in encoder.parameters()}
         self.learns_text = any(id(parameter) in text for parameter in self.parameters)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, weight_decay=config.adam_weight_decay, fused=True
+        )
         self.schedule = get_scheduler(
             config.lr_scheduler, self.optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps
         )
