@@ -55,4 +55,6 @@ def add_perturbation(
 
 def largest_change(pixels: np.ndarray, reference: np.ndarray) -> int:
     """The largest difference of two (H,W,3) uint8 images in any subpixel, in levels."""
-    return int((np.maximum(pixels, reference) - np.minimum(pixels, reference)).max())
+    rows = max(1, 2**20 // pixels.shape[1])
+    strips = [slice(start, start + rows) for start in range(0, len(pixels), rows)]
+    return max(int((np.maximum(pixels[s], reference[s]) - np.minimum(pixels[s], reference[s])).max()) for s in strips)

@@ -28,6 +28,7 @@ PHOTO_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 )
 
+SRGB_GAMMA = 0.45455  # as PNG's gAMA states it
 MAXIMUM_SIDE = {"jpeg": 65500, "webp": 16383}  # what the formats hold
 # What Pillow's decoders raise for damaged data, besides UnidentifiedImageError.
 _DECODING_ERRORS = (
@@ -193,6 +194,8 @@ def _from_pil(image: Image.Image) -> Photo:
         raise PhotoError(f"expected an RGB, gray, palette or CMYK image, got mode {image.mode!r}; convert it to RGB")
     if sixteen_bits:
         notes.append("16 bits per channel became 8")
+    if abs(image.info.get("gamma", SRGB_GAMMA) - SRGB_GAMMA) > 0.01 and not (icc_profile or "srgb" in image.info):
+        notes.append("its gamma (gAMA) is left out; viewers that heed it show the copy darker or brighter")
     if image.mode == "PA":
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA"):
@@ -242,6 +245,8 @@ def encode_photo(
     if limit and max(photo.pixels.shape) > limit:
         height, width = photo.pixels.shape[:2]
         raise PhotoError(f"{format.upper()} holds at most {limit} px a side, got {width}x{height}; save it as PNG")
+    if format == "webp" and photo.gray and photo.icc_profile and photo.icc_profile[16:20] == b"GRAY":
+        raise PhotoError("WebP has no gray pixels that its gray color profile would fit; save it as PNG or JPEG")
     options: dict = {"exif": photo.exif} if keep_metadata and photo.exif else {}
     if photo.icc_profile:
         options["icc_profile"] = photo.icc_profile

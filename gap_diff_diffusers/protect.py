@@ -7,6 +7,7 @@ thread, while other threads read the next photos, and save and check the previou
 import argparse
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -38,7 +39,10 @@ from .images import (
 )
 
 SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}  # of a format; the first is what we write
-DONE_AT_MOST = 24  # mean levels by which a finished output may differ from its input; another picture differs by more
+# By how many levels, in the mean, a finished output may differ from its input; another picture differs by more. The
+# bundled network's differs by at least this share of the budget, a copy that was only compressed mostly by less.
+DONE_AT_MOST = 24
+DONE_AT_LEAST = 0.25
 PIXELS_IN_FLIGHT = 75_000_000  # three photos of 24 megapixels; one photo may have more
 LIMITS = (
     "Protected photos are made to mislead the image encoders of generative models. That is no guarantee: who knows "
@@ -90,6 +94,7 @@ class Plan:
     files: list[PhotoFile]
     ignored_files: int = 0
     unsearched_folders: int = 0
+    linked_folders: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for file in work.files:
         if file.status == "skipped":
-            _check_done(file)
+            _check_done(file, arguments)
     settings = Settings(
         budget=arguments.budget,
         strength=arguments.strength,
@@ -262,13 +267,14 @@ def plan(
         ValueError: an output that is, or lies in, an input; that cannot be written; or a file for several photos.
     """
     found: list[tuple[PhotoFile, Path | None]] = []  # with the path within the output folder; None: nothing to protect
-    folders, ignored_files, unsearched_folders = [], 0, 0
+    folders, ignored_files, unsearched_folders, linked_folders = [], 0, 0, 0
     for path in paths:
         if os.path.isdir(path):
             folders.append(path)
-            names, failures, ignored, unsearched = _photos_in(path, recursive)
+            names, failures, ignored, unsearched, linked = _photos_in(path, recursive)
             ignored_files += ignored
             unsearched_folders += unsearched
+            linked_folders += linked
             found += [(failure, None) for failure in failures]
             found += [(PhotoFile(input=str(Path(path, name))), name) for name in names]
             if not names and not failures:
@@ -305,27 +311,42 @@ def plan(
                 file.status = "skipped"
     if report is not None:
         _check_report(report, originals, targets)
-    return Plan(files=[file for file, _ in found], ignored_files=ignored_files, unsearched_folders=unsearched_folders)
+    return Plan(
+        files=[file for file, _ in found],
+        ignored_files=ignored_files,
+        unsearched_folders=unsearched_folders,
+        linked_folders=linked_folders,
+    )
 
 
-def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], int, int]:
-    """A folder's photos (paths within it), what of it cannot be read, and how many files and folders are left out."""
-    names, failures, ignored, unsearched = [], [], 0, 0
+def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], int, int, int]:
+    """A folder's photos (paths within it), what of it cannot be read, and how much is left out.
 
-    def fail(error: OSError) -> None:
-        failures.append(PhotoFile(input=str(error.filename)))
-        failures[-1].fail(f"the folder cannot be read ({error.strerror}); check its permissions")
+    That is files which are no photos, subfolders, and links to folders, which no search follows.
+    """
+    names, failures, ignored, unsearched, linked = [], [], 0, 0, 0
 
-    for root, folders, files in os.walk(folder, onerror=fail):
+    def fail(path: str, reason: str) -> None:
+        failures.append(PhotoFile(input=path))
+        failures[-1].fail(reason)
+
+    def fail_folder(error: OSError) -> None:
+        fail(str(error.filename), f"the folder cannot be read ({error.strerror}); check its permissions")
+
+    for root, folders, files in os.walk(folder, onerror=fail_folder):
         visible = sorted(name for name in folders if not name.startswith("."))
         folders[:] = visible if recursive else []
-        unsearched += 0 if recursive else len(visible)
+        links = [name for name in visible if os.path.islink(os.path.join(root, name))]
+        linked += len(links)
+        unsearched += 0 if recursive else len(visible) - len(links)
         for name in sorted(files):
             if name.startswith(".") or Path(name).suffix.lower() not in PHOTO_SUFFIXES:
                 ignored += 1
+            elif os.path.exists(path := os.path.join(root, name)) and not os.path.isfile(path):
+                fail(path, "expected a photo, got something else")
             else:
                 names.append(Path(root, name).relative_to(folder))
-    return names, failures, ignored, unsearched
+    return names, failures, ignored, unsearched, linked
 
 
 def _output_names(names: list[Path], suffix: str) -> list[Path]:
@@ -416,11 +437,11 @@ def _check_is_not_original(target: Path, originals: dict[tuple[int, int], str]) 
             )
 
 
-def _check_done(file: PhotoFile) -> None:
-    """Fail a photo that would be skipped, if what lies at its output is anything but a protected version of it.
+def _check_done(file: PhotoFile, arguments: argparse.Namespace) -> None:
+    """Fail a photo that would be skipped, if what lies at its output does not look like a protected version of it.
 
-    A protected photo has its size, and differs a little. Whoever posts an unprotected photo because a file of that
-    name was there is worse off than without the command.
+    A protected photo has its size, and differs a little, within the budget if it is lossless. Whoever posts an
+    unprotected photo because a file of that name was there is worse off than without the command.
     """
     try:
         original, existing = read_photo(file.input).pixels, read_photo(file.output).pixels
@@ -429,18 +450,42 @@ def _check_done(file: PhotoFile) -> None:
         return
     same_size = existing.shape == original.shape
     change = np.abs(existing.astype(np.int16) - original).mean() if same_size else math.inf
-    if not 0 < change <= DONE_AT_MOST:
-        what = "an unprotected copy of it" if change == 0 else "another picture"
-        file.fail(f"{file.output} exists and is {what}; move it away, or write it again with --overwrite")
+    levels = arguments.budget or _checkpoint_levels(arguments.checkpoint)
+    if change > max(DONE_AT_MOST, levels or 0):
+        what = "is another picture"
+    elif change == 0 or (arguments.checkpoint is None and change < DONE_AT_LEAST * levels * arguments.strength):
+        what = "is an unprotected copy of it" if change == 0 else "differs less from it than a protected photo does"
+    elif (
+        levels and arguments.quality is None and _lossless(file.output) and largest_change(existing, original) > levels
+    ):
+        what = f"differs from it by up to {largest_change(existing, original)} levels, and {levels} are asked for"
+    else:
+        return
+    file.fail(f"{file.output} exists and {what}; move it away, or write it again with --overwrite")
+
+
+def _checkpoint_levels(checkpoint: str | None) -> int | None:
+    """The default budget of a checkpoint that is a folder, or of the bundled one; None if it is not known yet."""
+    folder = Path(__file__).parent / "checkpoints" / "gap-diff" if checkpoint is None else Path(checkpoint)
+    try:
+        return budget_levels(json.loads((folder / "model_index.json").read_bytes())["noise_budget"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def _lossless(path: str) -> bool:
+    return Path(path).suffix.lower() in (*SUFFIXES["png"], *SUFFIXES["webp"])
 
 
 def _check_report(report: str, originals: dict[tuple[int, int], str], targets: list[Path]) -> None:
     folder = Path(report).resolve().parent
     made = {parent for target in targets for parent in target.resolve().parents}
-    if os.path.isdir(report) or not (folder.is_dir() or folder in made):
+    if not (folder.is_dir() or folder in made):
         raise ValueError(f"--report {report}: expected a file to write in a folder that exists")
     if os.path.lexists(report):
         _check_is_not_original(Path(report), originals)
+        if not os.path.isfile(report) or Path(report).suffix.lower() in PHOTO_SUFFIXES:
+            raise ValueError(f"--report {report}: expected a report to replace or nothing there, got something else")
     if Path(report).resolve() in {target.resolve() for target in targets}:
         raise ValueError(f"--report {report} is where a protected photo goes; choose another name")
 
@@ -677,7 +722,8 @@ def summarize(work: Plan, settings: Settings, output: str, seconds: float, *, in
         lines.append("Protected no photo.")
     if by_status["skipped"]:
         lines.append(
-            f"Skipped {_count(len(by_status['skipped']), 'photo')}: the output exists; --overwrite replaces it"
+            f"Skipped {_count(len(by_status['skipped']), 'photo')}: the output exists and differs from "
+            "the original as a protected photo does; --overwrite replaces it"
         )
     if failed:
         lines.append(f"Failed: {len(failed)}")
@@ -688,6 +734,8 @@ def summarize(work: Plan, settings: Settings, output: str, seconds: float, *, in
         lines.append(f"Ignored {_count(work.ignored_files, 'file')} without the suffix of a photo, or hidden")
     if work.unsearched_folders:
         lines.append(f"Not searched: {_count(work.unsearched_folders, 'subfolder')}; --recursive does")
+    if work.linked_folders:
+        lines.append(f"Not searched: {_count(work.linked_folders, 'linked folder')}; name it to protect what is there")
     for note, number in sorted(Counter(note for file in protected for note in file.notes).items()):
         lines.append(f"Note: in {_count(number, 'photo')}, {note}")
     if protected:
@@ -719,7 +767,11 @@ def make_report(
     del config["measure_ssim"]
     config["budget"] = next((file.budget for file in work.files if file.budget is not None), settings.budget)
     summary = {status: counts[status] for status in _STATUSES}
-    summary |= {"ignored_files": work.ignored_files, "unsearched_folders": work.unsearched_folders}
+    summary |= {
+        "ignored_files": work.ignored_files,
+        "unsearched_folders": work.unsearched_folders,
+        "linked_folders": work.linked_folders,
+    }
     summary |= {"interrupted": interrupted, "seconds": round(seconds, 3)}
     photos = [asdict(file) | {"seconds": round(file.seconds, 4)} for file in work.files]
     return {"provenance": provenance(), "config": config, "summary": summary, "photos": photos}

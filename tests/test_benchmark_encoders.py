@@ -10,7 +10,7 @@ from PIL import Image
 from test_surrogates import sana_like
 
 from gap_diff_diffusers import EncoderSurrogate
-from gap_diff_diffusers.benchmark_displacement import pgd, published_displacement, spread
+from gap_diff_diffusers.benchmark_displacement import align, pgd, published_displacement, spread
 from gap_diff_diffusers.benchmark_scale import surround
 from gap_diff_diffusers.cli import main
 
@@ -50,6 +50,19 @@ def test_displacement_compares_what_it_says(arguments, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert f"| this checkpoint | {ours:.2f} |" in printed
+
+
+def test_aligned_perturbations_begin_at_one_place(make_generator):
+    generator = make_generator(keyed_grid=True)
+    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    offsets = generator.grid_offsets(images)
+    assert len(offsets.unique(dim=0)) > 1
+    marks = torch.zeros(6, 3, 64, 64)  # one where each grid begins, and not at the edge
+    for mark, (top, left) in zip(marks, offsets.tolist()):
+        mark[:, 32 - top, 32 - left] = 1
+    aligned = align(marks, generator, images)
+    assert (aligned == aligned[:1]).all()
+    assert (align(aligned, generator, images, back=True) == marks).all()
 
 
 def test_pgd_moves_the_latents_further_than_random_signs_within_the_budget(encoder, make_pixels):

@@ -165,6 +165,37 @@ def test_what_only_looks_done_is_not_skipped(run_protect, save_photo, tmp_path):
     assert contents(tmp_path / "out") == first
 
 
+def test_what_is_done_is_skipped_at_any_budget(run_protect, save_photo, tmp_path):
+    save_photo(tmp_path / "photo.png")
+    for levels in (4, 255):
+        assert run_protect("photo.png", "-o", "out", "--budget", levels, "--overwrite")[0] == 0
+        assert "Skipped 1 photo" in run_protect("photo.png", "-o", "out", "--budget", levels)[1]
+    code, output, _ = run_protect("photo.png", "-o", "out", "--budget", 4)
+    assert code == 1 and ("levels, and 4 are asked for" in output or "another picture" in output)
+
+
+def test_a_compressed_copy_is_not_taken_for_a_protected_photo(save_photo, tmp_path, monkeypatch, capsys):
+    smooth = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (1, 64, 3)))
+    monkeypatch.chdir(tmp_path)
+    smooth.save("photo.png")
+    (tmp_path / "out").mkdir()
+    smooth.save("out/photo.jpg", quality=80)
+    assert main(["protect", "photo.png", "-o", "out", "--format", "jpeg"]) == 1
+    assert "differs less from it than a protected photo does" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_what_is_in_a_folder_and_no_photo(run_protect, save_photo, tmp_path):
+    save_photo(tmp_path / "in" / "a.png")
+    save_photo(tmp_path / "elsewhere" / "b.png")
+    os.mkfifo(tmp_path / "in" / "pipe.jpg")
+    (tmp_path / "in" / "linked").symlink_to("../elsewhere")
+    code, output, _ = run_protect("in", "-o", "out", "--recursive")
+    assert code == 1 and list(contents(tmp_path / "out")) == ["a.png"]
+    assert "pipe.jpg: expected a photo, got something else" in output
+    assert "Not searched: 1 linked folder" in output
+
+
 def test_a_photo_that_nothing_is_added_to_is_not_called_protected(run_protect, save_photo, tmp_path):
     save_photo(tmp_path / "photo.png")
     code, output, _ = run_protect("photo.png", "-o", "out", "--budget", 1, "--strength", 0.01)
@@ -173,8 +204,8 @@ def test_a_photo_that_nothing_is_added_to_is_not_called_protected(run_protect, s
 
 
 def nudge(source, target):
-    """A protected version, as far as can be told without knowing the network: the last bit is another everywhere."""
-    Image.fromarray(np.asarray(Image.open(source)) ^ 1).save(target)
+    """A protected version, as far as can be told without the network: 4 levels more or less everywhere."""
+    Image.fromarray(np.asarray(Image.open(source)) ^ 4).save(target)
 
 
 @pytest.mark.parametrize("case", ["done", "unreadable"])
@@ -442,6 +473,7 @@ def test_a_photo_that_the_format_cannot_hold(run_protect, save_photo, tmp_path):
         (["in", "-o", "out", "--report", "absent/report.json"], "expected a file to write in a folder that exists"),
         (["in", "-o", "out", "--report", "in/a.png"], "is the original"),
         (["in", "-o", ".", "--report", "a.png"], "where a protected photo goes"),
+        (["in", "-o", "out", "--report", "b/a.png"], "expected a report to replace or nothing there"),
         (["in", "-o", "out", "--budget", "0"], "expected a whole number from 1 to 255, got '0'"),
         (["in", "-o", "out", "--budget", "8/255"], "expected a whole number from 1 to 255, got '8/255'"),
         (["in", "-o", "out", "--strength", "0"], "expected a number above 0 and up to 1, got '0'"),

@@ -123,6 +123,17 @@ def test_what_training_composes_is_what_the_pipeline_adds():
     assert np.abs(protected.astype(int) - pixels).max() == 8
 
 
+def test_several_scales_cost_no_more_psnr_than_promised():
+    torch.manual_seed(0)
+    generator = GAPDiffGenerator(channels=(8, 8), layers_per_block=(1, 1), native_size=32, output_gain=6.0).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        generator.network.conv_out.weight.mul_(400)  # nearly all at the budget's ends
+        assert generator.perturb_at_sizes(images, [(64, 64)]).square().mean() > 0.8
+        power = generator.perturb_at_sizes(images, [(32, 32), (64, 64)]).square().mean(dim=(1, 2, 3))
+    assert (power <= generator.most_power + 1e-3).all() and (power > 0.5).all()
+
+
 def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder, tmp_path):
     trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "run", learning_rate=5e-3, coherence_weight=0.0))
     before = {k: v.clone() for k, v in trainer.encoders[0].state_dict().items()}

@@ -189,19 +189,27 @@ class CompactUNet(nn.Module):
         self.norm_out = ChannelNorm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], patch_channels, 3, padding=1)
 
+    def grid_offsets(self, images: torch.Tensor) -> torch.Tensor:
+        """How many pixels above and left of each photo (N,3,H,W) in [0,1] the grid of blocks begins: (N,2) integers.
+
+        With a keyed grid one block, none, or one less than none.
+        """
+        if not self.keyed_grid:
+            return torch.zeros((len(images), 2), dtype=torch.long, device=images.device)
+        return (photo_keys(images, 3) - 1) * self.patch_size * self.downscale
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         hidden_states = F.avg_pool2d(images, self.downscale, ceil_mode=True, count_include_pad=False)
         # What zero padding does near the network's edges stays inside the margin, which is cut off again.
         margin, multiple = 8, self.patch_size * 2 ** len(self.downsamplers)
-        before = [(margin, margin)] * len(images)
-        if self.keyed_grid:  # the network's grid of blocks begins one block earlier, or later, or neither
-            keys = (photo_keys(images / 2 + 0.5, 3) - 1) * self.patch_size + margin
-            before = [(top, left) for top, left in keys.tolist()]
+        offsets = self.grid_offsets(images / 2 + 0.5) // self.downscale + margin
+        before = [(top, left) for top, left in offsets.tolist()]
         hidden_states = torch.cat(
             [pad_by_mirroring(h[None], first, margin, multiple) for h, first in zip(hidden_states, before)]
         )
-        hidden_states = self.conv_in(F.pixel_unshuffle(hidden_states, self.patch_size))
+        hidden_states = F.pixel_unshuffle(hidden_states, self.patch_size)
+        hidden_states = self.conv_in(hidden_states.contiguous(memory_format=torch.channels_last))
         skips = []
         for block, downsampler in zip(self.down_blocks, self.downsamplers):
             hidden_states = block(hidden_states)
@@ -243,6 +251,7 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = False
     minimum_size = {"compact": 16, "paper": 512}
     architectures = tuple(minimum_size)
+    most_power = 0.63  # mean square of a sum of scales: 32.1 dB at 8 levels
 
     @register_to_config
     def __init__(
@@ -278,10 +287,20 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         multiple = 256 if self.config.architecture == "paper" else 1
         return tuple(max(minimum, round(side / multiple) * multiple) for side in (height, width))
 
+    def grid_offsets(self, images: torch.Tensor) -> torch.Tensor:
+        """How many pixels above and left of each photo (N,3,H,W) in [0,1] its grid of blocks begins: (N,2) integers.
+
+        Which is no secret: an attacker may align photos by it.
+        """
+        if self.config.architecture == "paper":
+            return torch.zeros((len(images), 2), dtype=torch.long, device=images.device)
+        return self.network.grid_offsets(images)
+
     def perturb_at_sizes(self, images: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Compute the perturbation with the photos seen at several sizes: resampled to the photos, added, and clipped.
 
-        The sum keeps the power of the strongest of its parts, so that several scales cost no more PSNR than one.
+        The sum keeps the power of the strongest of its parts, so that several scales cost no more PSNR than one, and
+        no more than `most_power`.
 
         Args:
             images: (N,3,H,W) in [0,1].
@@ -300,7 +319,8 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
         total = total.clamp(-1, 1)
         if len(sizes) > 1:
             power = total.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
-            total = total * (torch.stack(powers).amax(dim=0) / power).sqrt().clamp(max=1)
+            target = torch.stack(powers).amax(dim=0).clamp(max=self.most_power)
+            total = total * (target / power).sqrt().clamp(max=1)
         return total
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class GAPDiffProtectionPipeline(DiffusionPipeline):
     def __init__(self, generator: ModelMixin, noise_budget: float = 8 / 255):
         super().__init__()
         budget_levels(noise_budget)
-        self.register_modules(generator=generator)
+        self.register_modules(generator=generator.to(memory_format=torch.channels_last))
         self.register_to_config(noise_budget=noise_budget)
 
     @torch.no_grad()
