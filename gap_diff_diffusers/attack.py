@@ -10,6 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from .attackers import ATTACKERS
@@ -47,78 +48,124 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=int, default=32, help="pictures to draw for each prompt (default: 32)")
     parser.add_argument(
-        "--class-images", metavar="FOLDER", help="pictures of the class (default: the model draws its own)"
+        "--class-images",
+        metavar="FOLDER",
+        help="pictures of the class; in a folder without any, those that the model draws are kept for the next time "
+        "(default: it draws its own)",
+    )
+    parser.add_argument(
+        "--protect",
+        action="store_true",
+        help="attack the photos twice, as they are and protected by the checkpoint that ships, and compare",
+    )
+    parser.add_argument(
+        "--transforms",
+        nargs="+",
+        default=[],
+        metavar="TRANSFORM",
+        help="what becomes of the photos before the model learns them, in this order: names such as "
+        'gaussian_noising, or JSON such as \'{"name": "jpeg", "quality": 70}\'',
+    )
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        metavar="CLEAN",
+        help="with --protect: other clean photos of the person, to look for in what is drawn (default: PHOTO itself)",
     )
     parser.add_argument("--save-model", action="store_true", help="also save what was learned, for diffusers")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory for more time while the model learns"
+    )
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda if there is one, else cpu)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, draw, write: OUT/pictures/, OUT/contact_sheet.png, OUT/attack.json, and OUT/model/ if asked for."""
-    from dataclasses import asdict
+    """Train, draw, write: OUT/pictures/, OUT/contact_sheet.png, OUT/attack.json, and OUT/model/ if asked for.
 
+    With --protect the pictures and the model are in OUT/clean/ and OUT/protected/, and OUT/figures.json says what was
+    found in them.
+    """
     from .config import portable_name, provenance, write_json
-    from .data import read_images, save_grid, to_pil
+    from .data import read_images, save_sheet
 
     output = Path(arguments.output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {output}")
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
+    if arguments.reference and not arguments.protect:
+        raise ValueError("--reference is for --protect; without it, gap-diff evaluate OUT --reference CLEAN measures")
     small = arguments.model == BUNDLED and "face-model" in ATTACKERS.load(arguments.method).presets
     preset = arguments.preset or ("face-model" if small else "weak")
     attacker = make_attacker(arguments.method, preset, arguments.set)
     digest = attacker.script_digest(attacker.config)
     if arguments.save_model:
         attacker.check_saving()
+    transform = _read_transforms(arguments.transforms)
     photos = read_images(arguments.photos)
-    class_photos = read_images([arguments.class_images]) if arguments.class_images else None
+    if arguments.reference:
+        read_images(arguments.reference)  # before the work, not after it
     config = attacker.config
-    squares = cut_squares(photos, config.resolution)
-    class_images = None if class_photos is None else cut_squares(class_photos, config.resolution)
-    surrogate = load_victim(arguments.model, arguments.device, revision=arguments.revision)
-    if len(squares) < 3:
-        logger.warning("%d photos: most attacks on people need at least three or four", len(squares))
+    surrogate = load_victim(
+        arguments.model,
+        arguments.device,
+        revision=arguments.revision,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+    )
+    if len(photos) < 3:
+        logger.warning("%d photos: most attacks on people need at least three or four", len(photos))
     _look_for_people(photos)
+    conditions = {"clean": photos, "protected": _protect(photos)} if arguments.protect else {"": photos}
+    prompts = arguments.prompts or [config.instance_prompt]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name, memory_errors():
         folder = Path(name) / output.name
-        (folder / PICTURES).mkdir(parents=True)
-        started = time.perf_counter()
-        pipeline = attacker(surrogate, squares, class_images=class_images)
-        trained = time.perf_counter()
-        prompts = arguments.prompts or [config.instance_prompt]
-        rows = [squares]
-        for index, prompt in enumerate(prompts):
-            pictures = attacker.draw(
-                pipeline,
-                squares,
-                prompt,
-                arguments.count,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-            )
-            for offset, picture in enumerate(pictures):
-                to_pil(picture).save(folder / PICTURES / f"{index}-{config.seed + offset:04d}.png")
-            rows.append(pictures[:16])
-        finished = time.perf_counter()
-        columns = min(8, max(map(len, rows)))
-        save_grid(_fill_rows(rows, columns), folder / "contact_sheet.png", columns)
-        if arguments.save_model:
-            attacker.save(pipeline, folder / "model")
+        class_images = _class_images(arguments, surrogate, config)
+        rows, seconds = {}, {}
+        for condition, given in conditions.items():
+            if surrogate is None:  # the one before has learned the clean photos
+                surrogate = load_victim(
+                    arguments.model,
+                    arguments.device,
+                    revision=arguments.revision,
+                    gradient_checkpointing=arguments.gradient_checkpointing,
+                )
+            squares = _cut_transformed(given, transform, config.resolution)
+            started = time.perf_counter()
+            pipeline = attacker(surrogate, squares, class_images=class_images)
+            trained = time.perf_counter()
+            rows[" ".join(filter(None, (condition, "photos")))] = squares
+            for index, prompt in enumerate(prompts):
+                pictures = attacker.draw(
+                    pipeline,
+                    squares,
+                    prompt,
+                    arguments.count,
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    seed=config.seed,
+                )
+                _save_pictures(pictures, folder / condition / PICTURES, f"{index}-", config.seed)
+                rows[f"{condition}: {prompt}" if condition else prompt] = pictures[:16]
+            finished = time.perf_counter()
+            seconds[condition] = {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)}
+            if arguments.save_model:
+                attacker.save(pipeline, folder / condition / "model")
+            device, surrogate, pipeline = str(surrogate.denoiser.device), None, None
+        save_sheet(rows, folder / "contact_sheet.png")
         record = {
             "method": arguments.method,
             "preset": preset,
             "config": asdict(config) | ({"diffusers_examples": digest} if digest else {}),
             "model": portable_name(arguments.model),
             "revision": arguments.revision,
-            "photos": len(squares),
+            "photos": len(photos),
+            "transforms": arguments.transforms,
             "class_images": portable_name(arguments.class_images),
             "prompts": prompts,
             "count": arguments.count,
-            "seconds": {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)},
-            "device": str(surrogate.denoiser.device),
+            "seconds": seconds if arguments.protect else seconds[""],
+            "device": device,
             "versions": provenance(),
         }
         write_json(folder / ATTACK_RECORD, record)
@@ -126,10 +173,80 @@ def run(arguments: argparse.Namespace) -> int:
             output.rmdir()  # it is empty
         folder.rename(output)
     logger.info("wrote %s", output)
+    if arguments.protect:
+        _compare(output, list(conditions), arguments.reference or arguments.photos)
     return 0
 
 
-def load_victim(model: str, device: str | None = None, *, revision: str | None = None):
+def _read_transforms(specs: list[str]):
+    """What is to become of photos (N,3,H,W) before they are learned; ValueError for a name or JSON that is none."""
+    from .transforms import build_transform
+
+    try:
+        return build_transform([json.loads(spec) if spec.startswith("{") else spec for spec in specs]).eval()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--transforms {' '.join(specs)}: expected names or JSON objects, got {error}") from error
+
+
+def _cut_transformed(photos: list, transform, resolution: int):
+    import torch
+
+    with torch.no_grad():
+        return cut_squares([transform(photo[None])[0] for photo in photos], resolution)
+
+
+def _protect(photos: list) -> list:
+    """The photos (3,H,W) in [0,1], protected by the checkpoint that ships."""
+    from .data import to_tensor
+    from .protect import load_pipeline
+
+    pipeline = load_pipeline(device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    return [to_tensor(image) for image in pipeline(photos).images]
+
+
+def _class_images(arguments: argparse.Namespace, surrogate, config):
+    """Pictures of the class (M,3,side,side) in [0,1]; None if the method needs none, or shall draw its own."""
+    from .data import list_photos, read_images
+    from .finetuning import draw_class_images
+
+    folder = arguments.class_images
+    if not getattr(config, "prior_loss_weight", 0) or not (folder or arguments.protect):
+        return None
+    if folder is not None and Path(folder).is_dir() and list_photos([folder]):
+        return cut_squares(read_images([folder]), config.resolution)
+    pictures = draw_class_images(surrogate, config)
+    if folder is not None:
+        _save_pictures(pictures, Path(folder), "class-", 0)
+    return pictures
+
+
+def _save_pictures(pictures, folder: Path, prefix: str, seed: int) -> None:
+    from .data import to_pil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for offset, picture in enumerate(pictures):
+        to_pil(picture).save(folder / f"{prefix}{seed + offset:04d}.png")
+
+
+def _compare(output: Path, conditions: list[str], reference: list[str]) -> None:
+    """Look for the person in what was drawn; without what that needs, say what to install."""
+    from . import evaluate
+
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    folders = [str(output / condition) for condition in conditions]
+    try:
+        evaluate.run(
+            parser.parse_args([*folders, "--reference", *reference, "--output", str(output / "figures.json")])
+        )
+    except ImportError as error:
+        logger.warning("the pictures are there, their figures are not: %s", error)
+
+
+def load_victim(
+    model: str, device: str | None = None, *, revision: str | None = None, gradient_checkpointing: bool = False
+):
     """The surrogate of a text-to-image model, on a device (default: cuda if there is one, else cpu).
 
     Raises:
@@ -139,7 +256,16 @@ def load_victim(model: str, device: str | None = None, *, revision: str | None =
     from .surrogates.base import DiffusionSurrogate
 
     device = choose_device(device)
-    surrogate = load_surrogate(model, revision=revision)
+    try:
+        with memory_errors():
+            surrogate = load_surrogate(model, revision=revision, gradient_checkpointing=gradient_checkpointing)
+    except (ValueError, OSError) as error:
+        if "text_encoder" not in str(error):
+            raise
+        raise ValueError(
+            f"{model}: expected a text-to-image model with a text encoder, got one whose components cannot be loaded "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(surrogate, DiffusionSurrogate) or not len(surrogate.text_encoders):
         raise ValueError(f"{model}: expected a text-to-image model with a text encoder, got none")
     with memory_errors():
@@ -153,14 +279,14 @@ def memory_errors() -> Iterator[None]:
 
     try:
         yield
-    except RuntimeError as error:
-        text = str(error)
-        telling = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in text.lower() for words in telling):
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or "no more of it"
+        telling = any(words in text.lower() for words in ("out of memory", "allocate memory", "not enough memory"))
+        if not telling and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise OSError(
-            f"out of memory ({text.splitlines()[0]}); lower it with --set mixed_precision=bf16 train_batch_size=1 "
-            "prior_batch_size=1 or a smaller resolution, or use --method lora"
+            f"out of memory ({text.splitlines()[0]}); lower it with gradient checkpointing, a smaller resolution, "
+            "where something learns also mixed_precision bf16, train_batch_size 1 and prior_batch_size 1, or the method lora"
         ) from error
 
 
@@ -170,9 +296,9 @@ def make_attacker(method: str, preset: str, changes: list[str]):
     values = {}
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in attacker.config_class.__dataclass_fields__:
-            known = ", ".join(attacker.config_class.__dataclass_fields__)
-            raise ValueError(f"expected --set NAME=VALUE with one of {known}, got {change!r}")
+        known = [setting.name for setting in fields(attacker.config_class)]
+        if not equals or name not in known:
+            raise ValueError(f"expected --set NAME=VALUE with one of {', '.join(known)}, got {change!r}")
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -201,11 +327,3 @@ def cut_squares(images: list, resolution: int):
     from .finetuning import center_square
 
     return torch.cat([center_square(image[None], resolution) for image in images])
-
-
-def _fill_rows(rows: list, columns: int):
-    """Pictures one after the other, each of these rows filled up with white ones to the end of its last line."""
-    import torch
-
-    filled = [torch.cat([row, torch.ones(-len(row) % columns, *row.shape[1:])]) for row in rows]
-    return torch.cat(filled)

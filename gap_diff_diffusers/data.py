@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .faces import find_faces
 from .images import PHOTO_SUFFIXES, PhotoError, read_photo
@@ -243,6 +243,21 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -
     grid = torch.cat([F.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     to_pil(grid).save(path)
+
+
+def save_sheet(rows: Mapping[str, torch.Tensor], path: str | os.PathLike, columns: int = 8) -> None:
+    """Save rows of images (N,3,H,W) in [0,1], all of one size, as one picture, each under its caption."""
+    columns = min(columns, max(map(len, rows.values())))
+    parts = []
+    for caption, images in rows.items():
+        white = torch.ones(-len(images) % columns, *images.shape[1:])
+        lines = torch.cat([images, white]).split(columns)
+        grid = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1)
+        title = Image.new("RGB", (grid.shape[2], 20), "white")
+        ImageDraw.Draw(title).text((4, 4), caption, fill="black")
+        parts += [to_tensor(title), grid]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    to_pil(torch.cat(parts, dim=1)).save(path)
 
 
 class FaceCrops:

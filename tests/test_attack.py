@@ -36,7 +36,8 @@ def test_attack_writes_pictures_a_sheet_and_how_they_were_made(model, person, tm
     names = sorted(path.name for path in (out / "pictures").iterdir())
     assert names == ["0-0000.png", "0-0001.png", "1-0000.png", "1-0001.png"]
     assert all(Image.open(out / "pictures" / name).size == (64, 64) for name in names)
-    assert Image.open(out / "contact_sheet.png").size == (3 * 64, 3 * 64)  # the photos, and a row for each prompt
+    # The photos, and a row for each prompt, each under its caption.
+    assert Image.open(out / "contact_sheet.png").size == (3 * 64, 3 * (64 + 20))
     record = json.loads((out / "attack.json").read_text())
     assert record["config"]["max_train_steps"] == 1 and record["photos"] == 3 and record["model"] == "model"
     assert str(tmp_path) not in (out / "attack.json").read_text()
@@ -51,6 +52,39 @@ def test_attack_is_repeatable_and_other_photos_give_other_pictures(model, person
         assert main(["attack", str(folder), "-o", str(out), "--model", model, *options]) == 0
         pictures.append(np.asarray(Image.open(out / "pictures" / "0-0000.png")))
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
+
+
+def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, capsys):  # noqa: F811
+    out, drawn = tmp_path / "out", tmp_path / "class"
+    command = ["attack", str(person), "--model", model, "--count", "2", "--set", *QUICK, "learning_rate=0.01"]
+    command += ["--class-images", str(drawn)]
+    assert main([*command, "-o", str(out), "--protect", "--save-model"]) == 0
+    rows = json.loads((out / "figures.json").read_text())["rows"]
+    assert [row["generated"].rsplit("/")[-1] for row in rows] == ["clean", "protected"]
+    printed = capsys.readouterr().out
+    assert "| FDFR |" in printed and f"| {out / 'protected'} | 2 |" in printed
+    names = ("clean", "protected")
+    clean, protected = (np.asarray(Image.open(out / name / "pictures" / "0-0001.png")).astype(int) for name in names)
+    assert (clean != protected).any()
+    assert StableDiffusionPipeline.from_pretrained(out / "protected" / "model")
+    assert Image.open(out / "contact_sheet.png").size == (3 * 64, 4 * (64 + 20))
+    # The clean half is what the attack alone does, with the class pictures that were kept.
+    assert len(list(drawn.iterdir())) == 2
+    assert main([*command, "-o", str(tmp_path / "alone")]) == 0
+    alone = np.asarray(Image.open(tmp_path / "alone" / "pictures" / "0-0001.png")).astype(int)
+    assert np.abs(alone - clean).mean() < np.abs(clean - protected).mean()
+
+
+def test_attack_learns_what_the_transforms_leave(model, person, tmp_path):  # noqa: F811
+    command = ["attack", str(person), "--model", model, "--count", "1", "--method", "sdedit"]
+    command += ["--set", "resolution=64", "num_inference_steps=4"]
+    pictures = []
+    for index, transforms in enumerate(([], ["gaussian_blur"], ["gaussian_blur", '{"name": "jpeg", "quality": 30}'])):
+        out = tmp_path / str(index)
+        assert main([*command, "-o", str(out), *(["--transforms", *transforms] if transforms else [])]) == 0
+        pictures.append(np.asarray(Image.open(out / "contact_sheet.png"))[20:84, :64])
+        assert json.loads((out / "attack.json").read_text())["transforms"] == transforms
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
 
 
 @pytest.mark.parametrize("method", IN_PROCESS)
@@ -77,6 +111,10 @@ def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: 
         ([*base, "--set", "max_train_steps=0"], "max_train_steps of at least 1"),
         ([*base, "--preset", "medium"], "weak, strong"),
         ([*base, "--count", "0"], "--count"),
+        ([*base, "--method", "sdedit", "--set", "prior_loss_weight=1"], "with one of"),
+        ([*base, "--transforms", "sepia"], "expected the name of a transform, got 'sepia'"),
+        ([*base, "--transforms", '{"name": '], "expected names or JSON objects"),
+        ([*base, "--reference", str(photos)], "--reference is for --protect"),
         (["attack", str(tmp_path / "empty"), *base[2:]], "found none"),
         (["attack", str(tmp_path / "missing.png"), *base[2:]], "got none in"),
         ([*base[:-1], str(photos)], "new or empty folder"),
