@@ -286,7 +286,8 @@ def memory_errors() -> Iterator[None]:
             raise
         raise OSError(
             f"out of memory ({text.splitlines()[0]}); lower it with gradient checkpointing, a smaller resolution, "
-            "where something learns also mixed_precision bf16, train_batch_size 1 and prior_batch_size 1, or the method lora"
+            "where something learns also mixed_precision bf16, train_batch_size 1 and prior_batch_size 1, "
+            "or the method lora"
         ) from error
 
 
