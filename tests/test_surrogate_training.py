@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,19 +184,27 @@ def test_float16_gives_up_where_every_gradient_overflows(tmp_path):
     assert loop.schedulers["line"].last_epoch == 0
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    loop = Line(line_config(tmp_path, max_train_steps=20))
-    loop.train()
-
-    def save(state, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    loop.step = 40
-    with pytest.raises(OSError, match="No space"):
-        loop.save_checkpoint()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-20"]
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    Line(line_config(out, max_train_steps=20)).train()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_surrogate_training import Line, line_config\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "loop = Line(line_config(sys.argv[1], max_train_steps=20))\n"
+        "loop.step = 40\n"
+        "try:\n"
+        "    loop.save_checkpoint()\n"
+        "except OSError as error:\n"
+        "    sys.exit(f'error: {error}')\n"
+    )
+    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*File too large: '.*checkpoint-40'", done.stderr.splitlines()[-1])
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoint-20"]
 
 
 def test_two_processes_share_their_gradients(tmp_path):

@@ -265,10 +265,13 @@ class TrainingLoop(ABC):
             "num_processes": self.accelerator.num_processes,
         }
         try:
-            with open(temporary / "state.pt", "wb") as file:  # torch itself raises RuntimeError where the disk is full
+            with open(temporary / "state.pt", "wb") as file:
                 torch.save(state, file)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, RuntimeError) and isinstance(cause := error.__context__, OSError):
+                # torch goes on writing where that failed, and says something about positions.
+                raise OSError(cause.errno, cause.strerror, str(folder)) from error
             raise
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
