@@ -152,7 +152,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
     loop = Line(line_config(tmp_path))
     before = loop.line.weight.item()
     loss = (loop.line.weight - loop.line.weight.detach()).square().sum().sqrt()  # 0, with a gradient of 0 / 0
-    with pytest.raises(FloatingPointError, match="gradient nan at step 0"):
+    with pytest.raises(FloatingPointError, match=r"gradient nan at step 0.*lower learning rate than 0\.2,"):
         loop.update("line", loss)
     assert loop.line.weight.item() == before
 

@@ -140,7 +140,7 @@ class TrainingLoop(ABC):
 
         Raises:
             ValueError: nothing to resume from, a checkpoint of other settings, or one where a run shall begin.
-            FloatingPointError: a loss or a gradient that is not a number; the weights are as before that step.
+            FloatingPointError: a loss or a gradient that is not a number; the network that it moves is as it was.
             OSError: the disk is full; the last whole checkpoint is still there.
         """
         config, main = self.config, self.accelerator.is_main_process
@@ -205,7 +205,7 @@ class TrainingLoop(ABC):
         # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not loss.isfinite() or not (norm.isfinite() or may_overflow):
-            rate = optimizer.param_groups[0]["lr"]
+            rate = optimizer.param_groups[0]["initial_lr"]
             raise FloatingPointError(
                 f"the loss of {name} is {loss.item()} and its gradient {norm.item()} at step {self.step}; start anew "
                 f"with a lower learning rate than {rate:.3g}, or without mixed precision"
