@@ -112,6 +112,22 @@ def test_an_interrupted_loop_resumes_as_if_nothing_had_happened(tmp_path):
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
+def test_without_averaging_and_clipping_a_step_is_that_of_plain_adam(tmp_path):
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.999, "adam_weight_decay": 0.0, "lr_scheduler": "constant"}
+    loop = Line(line_config(tmp_path, max_train_steps=3, max_grad_norm=0.0, ema_decay=0.0, **settings))
+    weight = loop.line.weight.detach().clone().requires_grad_(True)
+    adam = torch.optim.Adam([weight], lr=0.2, betas=(0.8, 0.999))
+    for step in range(3):
+        loop.step = step
+        x = torch.randn(loop.config.train_batch_size, 1, generator=loop.step_generator())
+        adam.zero_grad()
+        (x @ weight - 3 * x).square().mean().backward()
+        adam.step()
+    loop.step = 0
+    loop.train()
+    torch.testing.assert_close(loop.line.weight, weight)
+
+
 def test_a_run_can_end_early_and_go_on(tmp_path):
     Line(line_config(tmp_path / "whole")).train()
     part = Line(line_config(tmp_path / "parts", stop_after_steps=33))

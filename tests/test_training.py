@@ -261,6 +261,17 @@ def test_the_configs_that_ship_are_valid(path):
     assert all(isinstance(name, str) for name in config.surrogates)
 
 
+def test_the_papers_configs_differ_in_what_they_are_named_after():
+    def settings(name):
+        return json.loads((ROOT / "training_scripts" / "configs" / f"gap_diff_{name}.json").read_text())
+
+    paper = settings("paper")
+    for name in ("gaussian_blur", "jpeg_mask", "without_preprocessing"):
+        assert settings(f"paper_{name}") == paper | {"transform": settings(f"paper_{name}")["transform"]}
+    assert settings("paper_time_weighting") == paper | {"timestep_weighting": "linear"}
+    assert settings("released") == paper | {"noise": "uniform", "discriminator_input": "preprocessed"}
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
     whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole"))
     whole.train()

@@ -6,6 +6,7 @@ checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
 
 import json
 import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
@@ -40,9 +41,10 @@ class LoopConfig:
         learning_rate: of Adam with decoupled weight decay, at its peak.
         lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
         lr_warmup_steps: linear from 0.
+        adam_beta1, adam_beta2: of Adam's averages.
         adam_weight_decay: of all parameters.
-        max_grad_norm: gradients are scaled down to this norm.
-        ema_decay: of the averaged weights, which are validated and returned.
+        max_grad_norm: gradients are scaled down to this norm; 0 to leave them.
+        ema_decay: of the averaged weights, which are validated and returned; 0 for the last weights themselves.
         mixed_precision: "no", "bf16" or "fp16".
         checkpointing_steps: a checkpoint every so many steps, and at the end.
         checkpoints_total_limit: how many checkpoints are kept, the last ones.
@@ -58,6 +60,8 @@ class LoopConfig:
     learning_rate: float = 5e-4
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
     adam_weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
@@ -112,7 +116,7 @@ class TrainingLoop(ABC):
             self.optimizers[name] = torch.optim.AdamW(
                 network.parameters(),
                 lr=(learning_rates or {}).get(name, config.learning_rate),
-                betas=(0.9, 0.99),
+                betas=(config.adam_beta1, config.adam_beta2),
                 weight_decay=config.adam_weight_decay,
             )
             self.schedulers[name] = get_scheduler(
@@ -201,7 +205,7 @@ class TrainingLoop(ABC):
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm or math.inf)
         # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not loss.isfinite() or not (norm.isfinite() or may_overflow):
