@@ -92,11 +92,17 @@ def check_choices(config: object, **choices: tuple[str, ...]) -> None:
             raise ValueError(f"expected {name} one of {', '.join(known)}, got {value!r}")
 
 
-def check_at_least_one(config: object, *names: str) -> None:
-    """ValueError if one of these settings is under 1."""
+def check_at_least(least: float, config: object, *names: str) -> None:
+    """ValueError if one of these settings is under `least`; None passes."""
     for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"expected {name} of at least 1, got {value}")
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"expected {name} of at least {least}, got {value}")
+
+
+def check_at_least_one(config: object, *names: str) -> None:
+    """ValueError if one of these settings is under 1; None passes."""
+    check_at_least(1, config, *names)
 
 
 def check_types(config: object) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .config import check_at_least_one, check_types
 from .faces import find_faces
 from .images import PHOTO_SUFFIXES, PhotoError, read_photo
 
@@ -52,6 +53,8 @@ class PhotosConfig:
     data_description: str = ""
 
     def __post_init__(self):
+        check_types(self)
+        check_at_least_one(self, "max_train_samples")
         if bool(self.train_data_dir) == bool(self.dataset_name):
             raise ValueError(
                 f"expected either train_data_dir or dataset_name, got {list(self.train_data_dir)} and "

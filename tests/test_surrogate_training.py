@@ -146,9 +146,18 @@ def test_what_a_loop_refuses(tmp_path):
         Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="another learning_rate, seed"):
         Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume=True)
-    for wrong in ({"mixed_precision": "fp8"}, {"train_batch_size": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            line_config(tmp_path, **wrong)
+    for name, wrong in (
+        ("mixed_precision", "fp8"),
+        ("train_batch_size", 0),
+        ("train_batch_size", "6"),
+        ("learning_rate", "1e-4"),
+        ("max_train_steps", -3),
+        ("stop_after_steps", 0),
+        ("max_grad_norm", -1.0),
+        ("adam_beta2", 1.0),
+    ):
+        with pytest.raises(ValueError, match=f"expected {name}"):
+            line_config(tmp_path, **{name: wrong})
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
@@ -394,6 +403,11 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"rescale_betas_zero_snr": True}, "v_prediction"),
         ({"face_scale": 0.5}, "face_scale"),
+        ({"resolution": "64"}, "resolution of type int"),
+        ({"vae_max_train_steps": -1}, "vae_max_train_steps of at least 0"),
+        ({"response_eps": 8.0}, "8 levels are written 8/255"),
+        ({"caption_dropout": 2.0}, "caption_dropout"),
+        ({"max_train_samples": -1}, "max_train_samples of at least 1"),
         ({"distillation_weight": 1.0}, "feature_encoders"),
         ({"response_weight": 1.0}, "feature_encoders"),
     ],

@@ -224,6 +224,12 @@ def test_the_discriminator_sees_what_it_is_told_to(photos, model, tmp_path):
     assert abs(judged("preprocessed", "gaussian_blur") - plain) > 1e-5
 
 
+def test_an_autoencoder_alone_is_no_surrogate_to_learn(photos, model, tmp_path):
+    config = diffusion_config(photos, model + "/vae", tmp_path / "run", surrogate_learning_rates=(1e-3,))
+    with pytest.raises(ValueError, match="name it among the encoders"):
+        GAPDiffTrainer(config)
+
+
 def test_a_surrogate_learns_as_an_attacker_would(photos, model, tmp_path):
     def learned(**changes):
         changes |= {"surrogate_learning_rates": (1e-3,)}
@@ -310,6 +316,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"stages": ()}, "beta, gamma"),
         ({"stages": "released code"}, "released, preprocessed"),
         ({"crop_size": 500}, "at most"),
+        ({"crop_size": 64.5}, "crop_size of type int"),
+        ({"gan_weight": -1.0}, "gan_weight of at least 0"),
+        ({"eps": 8.0}, "8 levels are written 8/255"),
+        ({"rms": 0.0}, "rms above 0"),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import check_at_least_one, check_choices, portable_settings, provenance
+from ..budget import budget_levels
+from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
 from ..data import FaceCrops, PhotosConfig, load_faces, split_record
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
-from ..surrogates import Surrogate, load_surrogate
-from ..surrogates.base import make_names_unique
+from ..surrogates import load_surrogate
+from ..surrogates.base import DiffusionSurrogate, make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
@@ -144,7 +145,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             noise=("gaussian", "uniform"),
             discriminator_input=("protected", "preprocessed"),
         )
-        check_at_least_one(self, "surrogate_learning_steps")
+        check_at_least_one(self, "surrogate_learning_steps", "downscale", "crop_size")
+        check_at_least(0, self, "gan_weight", "rms_weight", "coherence_weight")
+        budget_levels(self.eps)
+        if self.rms <= 0:
+            raise ValueError(f"expected an rms above 0, got {self.rms}")
         if isinstance(self.stages, str) and self.stages not in STAGES:
             raise ValueError(f"expected stages {', '.join(STAGES)} or a list, got {self.stages!r}")
         stages = self.schedule
@@ -201,7 +206,7 @@ class GAPDiffTrainer(TrainingLoop):
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-        self.surrogates: list[Surrogate] = []
+        self.surrogates: list[DiffusionSurrogate] = []
         networks: dict[str, nn.Module] = {"generator": self.generator}
         if config.gan_weight:
             with torch.random.fork_rng(devices=[]):
@@ -216,6 +221,11 @@ class GAPDiffTrainer(TrainingLoop):
                 dtype=torch.float32 if rate else dtype,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
+            if not isinstance(surrogate, DiffusionSurrogate):
+                raise ValueError(
+                    f"expected text-to-image models as surrogates, got {model}, an image encoder alone; name it among "
+                    "the encoders"
+                )
             self.surrogates.append(surrogate)
             if rate:
                 networks[f"denoiser {index}"] = surrogate.denoiser

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import check_at_least_one, check_choices
+from ..config import check_at_least, check_at_least_one, check_choices, check_types
 from ..data import save_grid
 from ..images import write_atomically
 
@@ -73,9 +73,15 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         check_choices(self, mixed_precision=("no", "bf16", "fp16"))
         counts = ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
-        check_at_least_one(self, *counts)
+        check_at_least_one(self, *counts, "stop_after_steps")
+        rates = ("learning_rate", "adam_weight_decay", "max_grad_norm")
+        check_at_least(0, self, "max_train_steps", "lr_warmup_steps", *rates)
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} from 0 to under 1, got {getattr(self, name)}")
 
 
 class TrainingLoop(ABC):

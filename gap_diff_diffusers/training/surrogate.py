@@ -27,7 +27,16 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import check_choices, portable_name, portable_settings, provenance, write_json
+from ..budget import budget_levels
+from ..config import (
+    check_at_least,
+    check_at_least_one,
+    check_choices,
+    portable_name,
+    portable_settings,
+    provenance,
+    write_json,
+)
 from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out, split_record
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
@@ -162,6 +171,12 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
+        check_at_least_one(self, "resolution", "vae_crop_size", "vae_train_batch_size", "num_validation_images")
+        weights = ("kl_weight", "gradient_weight", "feature_weight", "distillation_weight", "response_weight")
+        check_at_least(0, self, "vae_max_train_steps", "vae_learning_rate", "snr_gamma", *weights)
+        budget_levels(self.response_eps)
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"expected caption_dropout from 0 to 1, got {self.caption_dropout}")
         factor = 2 ** (len(self.vae_channels) - 1)
         for name in ("resolution", "vae_crop_size"):
             if getattr(self, name) % factor:
