@@ -48,7 +48,12 @@ def training_parser(description: str | None, config_class: type) -> argparse.Arg
     """The flags that every training script has: a config file, resuming, and a flag per setting."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        help="continue the run in --output_dir, from its last checkpoint or from that of this name (checkpoint-400)",
+    )
     add_config_arguments(parser, config_class)
     return parser
 

@@ -16,6 +16,7 @@ from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
+from gap_diff_diffusers.config import training_parser
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
     AutoencoderTrainer,
@@ -108,7 +109,7 @@ def test_an_interrupted_loop_resumes_as_if_nothing_had_happened(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Interrupted(line_config(tmp_path / "parts")).train()
     assert [entry["step"] for entry in log_of(tmp_path / "parts")] == list(range(1, 46))
-    Line(line_config(tmp_path / "parts")).train(resume=True)
+    Line(line_config(tmp_path / "parts")).train(resume="latest")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
@@ -133,19 +134,30 @@ def test_a_run_can_end_early_and_go_on(tmp_path):
     part = Line(line_config(tmp_path / "parts", stop_after_steps=33))
     assert "held_out/weight" in part.train() and not part.line.training
     assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-20", "checkpoint-33"]
-    Line(line_config(tmp_path / "parts")).train(resume=True)
+    Line(line_config(tmp_path / "parts")).train(resume="latest")
     losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("parts", "whole")]
     assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"one of the checkpoints checkpoint-40, checkpoint-60 .* got checkpoint-33"):
+        Line(line_config(tmp_path / "parts")).train(resume="checkpoint-33")
+    Line(line_config(tmp_path / "parts")).train(resume="checkpoint-40")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_resuming_is_asked_for_as_in_diffusers():
+    parser = training_parser(None, LoopConfig)
+    for flags, resume in (([], None), ([""], "latest"), (["latest"], "latest"), (["checkpoint-4"], "checkpoint-4")):
+        arguments = ["--resume_from_checkpoint", *filter(None, flags)] if flags else []
+        assert parser.parse_args(arguments).resume_from_checkpoint == resume
 
 
 def test_what_a_loop_refuses(tmp_path):
     with pytest.raises(ValueError, match="found none"):
-        Line(line_config(tmp_path)).train(resume=True)
+        Line(line_config(tmp_path)).train(resume="latest")
     Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="resume that, or choose another"):
         Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="another learning_rate, seed"):
-        Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume=True)
+        Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume="latest")
     for name, wrong in (
         ("mixed_precision", "fp8"),
         ("train_batch_size", 0),
@@ -188,7 +200,7 @@ def test_what_an_interruption_left_does_not_stop_a_run_from_resuming(tmp_path):
     with open(tmp_path / "training_log.jsonl", "a") as log:
         log.write('{"step": 2')
     assert len(checkpoints(tmp_path)) == 1
-    Line(line_config(tmp_path, max_train_steps=20)).train(resume=True)
+    Line(line_config(tmp_path, max_train_steps=20)).train(resume="latest")
     assert [entry["step"] for entry in log_of(tmp_path)] == list(range(1, 21))
 
 
@@ -209,7 +221,7 @@ def test_float16_gives_up_where_every_gradient_overflows(tmp_path):
     assert loop.schedulers["line"].last_epoch == 0
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_find_checkpoint(tmp_path):
     out = tmp_path / "out"
     Line(line_config(out, max_train_steps=20)).train()
     script = tmp_path / "script.py"

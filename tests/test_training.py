@@ -18,7 +18,7 @@ from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_h
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
-from gap_diff_diffusers.training.loop import last_checkpoint
+from gap_diff_diffusers.training.loop import find_checkpoint
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
 from gap_diff_diffusers.transforms import build_transform
 
@@ -252,7 +252,7 @@ def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_c
     assert any(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
     assert not any(parameter.requires_grad for parameter in trainer.surrogates[0].parameters())
     again = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", max_train_steps=3, **changes))
-    again.load_checkpoint(last_checkpoint(tmp_path / "run"))
+    again.load_checkpoint(find_checkpoint(tmp_path / "run"))
     for old, new in zip(learned, again.surrogates[0].denoiser.parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -289,7 +289,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         interrupted.step += 1
     interrupted.save_checkpoint()
     resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
-    resumed.train(resume=True)
+    resumed.train(resume="latest")
     for name, parameter in whole.generator.named_parameters():
         torch.testing.assert_close(resumed.generator.get_parameter(name), parameter, atol=1e-6, rtol=0)
 

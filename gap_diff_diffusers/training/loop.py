@@ -142,8 +142,11 @@ class TrainingLoop(ABC):
     def validate(self) -> dict[str, float]:
         """Figures on held-out photos, of the weights as they are: the loop puts the averaged ones in place."""
 
-    def train(self, *, resume: bool = False) -> dict[str, float]:
-        """Train to the end, from the last checkpoint if `resume`, and leave the averaged weights in evaluation mode.
+    def train(self, *, resume: str | None = None) -> dict[str, float]:
+        """Train to the end and leave the averaged weights in evaluation mode.
+
+        Args:
+            resume: the checkpoint to go on from, "latest" or its name; None to begin.
 
         Returns:
             The last validation's figures.
@@ -156,7 +159,7 @@ class TrainingLoop(ABC):
         config, main = self.config, self.accelerator.is_main_process
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if resume:
-            self.load_checkpoint(last_checkpoint(self.output_dir))
+            self.load_checkpoint(find_checkpoint(self.output_dir, resume))
         elif checkpoints(self.output_dir):
             raise ValueError(
                 f"expected an output folder without checkpoints, got {self.output_dir} of an earlier run; resume "
@@ -331,13 +334,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def last_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint of a run.
+def find_checkpoint(output_dir: Path, name: str = "latest") -> Path:
+    """The checkpoint of a run that has this name, or its newest.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or none of this name.
     """
-    found = checkpoints(output_dir)
+    found = {folder.name: folder for folder in checkpoints(output_dir)}
     if not found:
         raise ValueError(f"expected a checkpoint to resume from in {output_dir}, found none; start without resuming")
-    return found[-1]
+    if name == "latest":
+        return list(found.values())[-1]
+    if (folder := found.get(Path(name).name)) is None:
+        raise ValueError(f"expected one of the checkpoints {', '.join(found)} in {output_dir}, or latest, got {name}")
+    return folder

@@ -466,9 +466,13 @@ class DenoiserTrainer(TrainingLoop):
 
 
 def train_surrogate(
-    config: SurrogateTrainingConfig, *, resume: bool = False
+    config: SurrogateTrainingConfig, *, resume: str | None = None
 ) -> tuple[DenoiserTrainer, dict[str, Any]]:
     """Train both stages; a finished autoencoder in the output folder is not trained again if `resume`.
+
+    Args:
+        config: the settings.
+        resume: as `TrainingLoop.train` has it, of the stage that was not finished; None to begin.
 
     Returns:
         The second stage with its pipeline, and the training record.
@@ -490,7 +494,7 @@ def train_surrogate(
             )
     else:
         stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume and bool(checkpoints(stage.output_dir)))
+        figures = stage.train(resume=resume if checkpoints(stage.output_dir) else None)
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
         earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
@@ -506,7 +510,7 @@ def train_surrogate(
             write_json(record_path, first)
         stage.accelerator.wait_for_everyone()
     denoiser = DenoiserTrainer(config, vae)
-    figures = first["figures"] | denoiser.train(resume=resume and bool(checkpoints(denoiser.output_dir)))
+    figures = first["figures"] | denoiser.train(resume=resume if checkpoints(denoiser.output_dir) else None)
     record = {
         "initial_autoencoder": first["initial_weights"],
         "config": _settings(config),
