@@ -37,7 +37,8 @@ class LoopConfig:
         output_dir: gets the result, the training record, the log and the checkpoints.
         max_train_steps: optimizer steps, over which the learning rate runs its course.
         stop_after_steps: end earlier, as if these were all, but for the learning rate; None for not.
-        train_batch_size: photos per step and process.
+        train_batch_size: photos per process that a gradient is taken of.
+        gradient_accumulation_steps: a step's gradient is the mean of so many.
         learning_rate: of Adam with decoupled weight decay, at its peak.
         lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
         lr_warmup_steps: linear from 0.
@@ -46,6 +47,7 @@ class LoopConfig:
         max_grad_norm: gradients are scaled down to this norm; 0 to leave them.
         ema_decay: of the averaged weights, which are validated and returned; 0 for the last weights themselves.
         mixed_precision: "no", "bf16" or "fp16".
+        allow_tf32: GPUs may round the factors of float32 products to 10 bits; faster.
         checkpointing_steps: a checkpoint every so many steps, and at the end.
         checkpoints_total_limit: how many checkpoints are kept, the last ones.
         validation_steps: held-out photos are measured every so many steps, and at the end.
@@ -57,6 +59,7 @@ class LoopConfig:
     max_train_steps: int = 8000
     stop_after_steps: int | None = None
     train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
@@ -66,6 +69,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
     mixed_precision: str = "bf16"
+    allow_tf32: bool = False
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     validation_steps: int = 500
@@ -75,7 +79,13 @@ class LoopConfig:
     def __post_init__(self):
         check_types(self)
         check_choices(self, mixed_precision=("no", "bf16", "fp16"))
-        counts = ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
+        counts = (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+        )
         check_at_least_one(self, *counts, "stop_after_steps")
         rates = ("learning_rate", "adam_weight_decay", "max_grad_norm")
         check_at_least(0, self, "max_train_steps", "lr_warmup_steps", *rates)
@@ -106,6 +116,8 @@ class TrainingLoop(ABC):
         learning_rates: dict[str, float] | None = None,
     ):
         self.config = config
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -133,10 +145,14 @@ class TrainingLoop(ABC):
             )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.step = 0
+        self.accumulated = 0
 
     @abstractmethod
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
-        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log."""
+        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log.
+
+        With `gradient_accumulation_steps` it is called so often, and the last call's `update`s move the networks.
+        """
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
@@ -181,7 +197,7 @@ class TrainingLoop(ABC):
         validated: dict[str, float] = {}
         last = min(config.max_train_steps, config.stop_after_steps or config.max_train_steps)
         while self.step < last:
-            figures = self.training_step(self.step_generator())
+            figures = self._accumulate(self.step_generator())
             self.step += 1
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
@@ -204,11 +220,29 @@ class TrainingLoop(ABC):
             tracker.finish()
         return validated or self.validate()
 
+    def _accumulate(self, generator: torch.Generator) -> dict[str, float]:
+        """One optimizer step: the mean figures of its parts, but for the norm, which is that of their sum."""
+        count = self.config.gradient_accumulation_steps
+        parts = []
+        for index in range(count):
+            self.accumulated = index
+            parts.append(self.training_step(generator))
+        means = {name: sum(part[name] for part in parts) / count for name in parts[0]}
+        return means | {name: value for name, value in parts[-1].items() if name == "gradient_norm"}
+
     def update(self, name: str, loss: torch.Tensor) -> float:
-        """Step one network down its loss; returns the gradient's norm before it is clipped."""
+        """Step one network down its loss; returns the gradient's norm before it is clipped.
+
+        Where gradients are accumulated, all calls of a step but the last only add to them, and return 0.
+        """
         network, optimizer = self.networks[name], self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        count = self.config.gradient_accumulation_steps
+        if self.accumulated == 0:
+            optimizer.zero_grad(set_to_none=True)
+        # Into this network alone: others that a loss goes through keep the gradient of their own.
+        self.scaler.scale(loss / count).backward(inputs=list(network.parameters()))
+        if self.accumulated < count - 1 and loss.isfinite():
+            return 0.0
         if self.accelerator.num_processes > 1:  # before unscale_, so that all see the same overflow
             for parameter in network.parameters():
                 if parameter.grad is not None:
