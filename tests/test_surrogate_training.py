@@ -261,18 +261,19 @@ def test_float16_gives_up_where_every_gradient_overflows(tmp_path):
     assert loop.schedulers["line"].last_epoch == 0
 
 
-def test_a_full_disk_leaves_the_find_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     out = tmp_path / "out"
     Line(line_config(out, max_train_steps=20)).train()
     script = tmp_path / "script.py"
     script.write_text(
-        "import resource, signal, sys\n"
+        "import resource, signal, sys, torch\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_surrogate_training import Line, line_config\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "loop = Line(line_config(sys.argv[1], max_train_steps=20))\n"
         "loop.step = 40\n"
+        "loop.networks['line'] = torch.nn.Linear(1000, 100)\n"
         "try:\n"
         "    loop.save_checkpoint()\n"
         "except OSError as error:\n"

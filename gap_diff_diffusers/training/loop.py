@@ -316,8 +316,9 @@ class TrainingLoop(ABC):
                 torch.save(state, file)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, RuntimeError) and isinstance(cause := error.__context__, OSError):
-                # torch goes on writing where that failed, and says something about positions.
+            # torch goes on where writing failed, and says something about positions.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(folder)) from error
             raise
         shutil.rmtree(folder, ignore_errors=True)
