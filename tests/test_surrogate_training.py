@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from accelerate import tracking
 from diffusers import StableDiffusionPipeline
 from fake_hub import FakeHub, hub_environment
 from PIL import Image
@@ -188,6 +189,37 @@ def test_resuming_is_asked_for_as_in_diffusers():
     for flags, resume in (([], None), ([""], "latest"), (["latest"], "latest"), (["checkpoint-4"], "checkpoint-4")):
         arguments = ["--resume_from_checkpoint", *filter(None, flags)] if flags else []
         assert parser.parse_args(arguments).resume_from_checkpoint == resume
+
+
+def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
+    class Noted(tracking.GeneralTracker):
+        name, requires_logging_directory = "noted", False
+        settings, figures = {}, {}
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        tracker = None
+
+        def store_init_configuration(self, values):
+            self.settings.update(values)
+
+        def log(self, values, step, **kwargs):
+            self.figures[step] = values
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "noted", Noted)
+    Line(line_config(tmp_path, max_train_steps=3, report_to="noted")).train()
+    assert Noted.settings["learning_rate"] == 0.2 and Noted.settings["stop_after_steps"] == "null"
+    assert sorted(Noted.figures) == [1, 2, 3] and "held_out/weight" in Noted.figures[3]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(ImportError, match="tracker tensorboard, which is not installed"):
+        Line(line_config(tmp_path / "out", report_to="tensorboard"))
+    with pytest.raises(ValueError, match="wandbb"):
+        Line(line_config(tmp_path / "out", report_to="wandbb"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_loop_refuses(tmp_path):

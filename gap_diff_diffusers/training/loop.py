@@ -107,6 +107,10 @@ class TrainingLoop(ABC):
         config: the settings.
         networks: by name; moved to the device and set to training mode.
         learning_rates: by name, of networks that learn at a constant rate of their own.
+
+    Raises:
+        ImportError: the tracker of `report_to` is not installed.
+        ValueError: accelerate does not know it.
     """
 
     def __init__(
@@ -124,6 +128,11 @@ class TrainingLoop(ABC):
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         )
+        if config.report_to != "none" and not self.accelerator.log_with:
+            raise ImportError(
+                f"expected the package of the tracker {config.report_to}, which is not installed; install it, or set "
+                "report_to to none"
+            )
         self.networks = {name: network.train().to(self.accelerator.device) for name, network in networks.items()}
         first = next(iter(networks))
         self.emas = {
@@ -189,7 +198,9 @@ class TrainingLoop(ABC):
             write_atomically(log_path, "".join(line + "\n" for line in earlier).encode())
         self.accelerator.wait_for_everyone()
         if config.report_to != "none":
-            self.accelerator.init_trackers("training")
+            settings = asdict(config).items()
+            plain = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in settings}
+            self.accelerator.init_trackers("training", config=plain)
         description = type(self).__name__
         progress = tqdm(
             total=config.max_train_steps, initial=self.step, disable=None if main else True, desc=description
