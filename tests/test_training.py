@@ -316,6 +316,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"stages": ()}, "beta, gamma"),
         ({"stages": "released code"}, "released, preprocessed"),
         ({"crop_size": 500}, "at most"),
+        ({"encoder_revisions": ("a", "b")}, "as many encoder_revisions as encoders"),
+        ({"init_from": str(ROOT)}, "has no generator"),
         ({"crop_size": 64.5}, "crop_size of type int"),
         ({"gan_weight": -1.0}, "gan_weight of at least 0"),
         ({"eps": 8.0}, "8 levels are written 8/255"),

@@ -4,8 +4,8 @@
         --train_data_dir portraits synthetic --encoders taef2_encoder.safetensors taesana_encoder.safetensors \\
         --output_dir gap-diff
 
-The encoders can be Hub ids or folders of any `AutoencoderKL` or `AutoencoderTiny`. Flags override the config file;
-what is in neither has the default of `GAPDiffTrainingConfig`.
+The encoders can be Hub ids or folders of any `AutoencoderKL` or `AutoencoderTiny`, or of pipelines with one. Flags
+override the config file; what is in neither has the default of `GAPDiffTrainingConfig`.
 """
 
 import argparse

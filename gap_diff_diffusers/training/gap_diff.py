@@ -29,6 +29,7 @@ from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
 from ..surrogates.base import DiffusionSurrogate, make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
+from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
@@ -49,6 +50,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
 
     Attributes:
         encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
+        encoder_revisions: branch, tag or commit of each encoder; none of them for the newest.
         encoder_weights: how much each encoder counts in L_adv.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
@@ -59,7 +61,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         surrogate_resolutions: side in pixels at which each surrogate is personalized; 512 leaves crops as they are.
         surrogate_learning_rates: above 0, a surrogate's denoiser learns the protected photos at this rate.
         surrogate_learning_steps: that happens every so many steps.
-        gradient_checkpointing: of the surrogates: less memory for more time.
+        gradient_checkpointing: of the surrogates and encoders: less memory for more time.
         prompt: what the surrogates are told of every photo.
         timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
             name such a weight and do not give it; the released code has none.
@@ -84,6 +86,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     """
 
     encoders: tuple[str, ...] = ()
+    encoder_revisions: tuple[str, ...] = ()
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
     encoder_resolutions: tuple[int, ...] = ()
@@ -158,7 +161,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         ends = [stage[0] for stage in stages]
         if sorted(ends) != ends or ends[-1] != 1:
             raise ValueError(f"expected stages that end one after the other, the last at 1, got {self.stages!r}")
-        for name, kind in (("surrogate_revisions", "surrogates"), ("encoder_resolutions", "encoders")):
+        for name, kind in (
+            ("surrogate_revisions", "surrogates"),
+            ("encoder_revisions", "encoders"),
+            ("encoder_resolutions", "encoders"),
+        ):
             if (count := len(getattr(self, name))) not in (0, len(getattr(self, kind))):
                 raise ValueError(f"expected as many {name} as {kind}, or none, got {count}")
         if len(self.scale_factors) != len(self.scale_weights):
@@ -186,6 +193,11 @@ class GAPDiffTrainer(TrainingLoop):
 
     def __init__(self, config: GAPDiffTrainingConfig):
         if config.init_from:
+            if not find_file(config.init_from, "generator/config.json", None, None, None):
+                raise ValueError(
+                    f"expected a protection pipeline as init_from, got {config.init_from}, which has no generator; "
+                    "leave it out to begin with random weights"
+                )
             generator = GAPDiffGenerator.from_pretrained(
                 config.init_from,
                 subfolder="generator",
@@ -245,8 +257,12 @@ class GAPDiffTrainer(TrainingLoop):
         # Autoencoders of Stable Diffusion overflow in float16.
         self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
-            EncoderSurrogate.from_pretrained(encoder).to(self.device, self.encoder_dtype)
-            for encoder in config.encoders
+            EncoderSurrogate.from_pretrained(
+                encoder, revision=revision, gradient_checkpointing=config.gradient_checkpointing
+            ).to(self.device, self.encoder_dtype)
+            for encoder, revision in zip(
+                config.encoders, config.encoder_revisions or (None,) * len(config.encoders), strict=True
+            )
         ]
         make_names_unique([*self.surrogates, *self.encoders])
         self.transform: Transform = build_transform(config.transform).train()

@@ -76,6 +76,7 @@ AUTOENCODER_SETTINGS = (
     "kl_weight",
     "gradient_weight",
     "feature_encoders",
+    "feature_encoder_revisions",
     "feature_weight",
     "distillation_weight",
     "response_weight",
@@ -108,6 +109,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         gradient_weight: of the absolute error of neighboring pixels' differences; that of the pixels themselves, at
             three scales, is 1.
         feature_encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
+        feature_encoder_revisions: branch, tag or commit of each of them; none for the newest.
         feature_weight: how much it costs that a reconstruction's latents under these encoders lie elsewhere than the
             photo's, in units of their variance.
         response_weight: how much it costs, as the squared logarithm of the ratio, that latents move further, or less
@@ -150,6 +152,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     kl_weight: float = 1e-3
     gradient_weight: float = 1.0
     feature_encoders: tuple[str, ...] = ()
+    feature_encoder_revisions: tuple[str, ...] = ()
     feature_weight: float = 0.1
     distillation_weight: float = 0.0
     response_weight: float = 0.0
@@ -186,6 +189,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
             raise ValueError("expected prediction_type 'v_prediction' with rescale_betas_zero_snr, got 'epsilon'")
         if self.face_scale is not None and not 1 <= self.face_scale <= 10:
             raise ValueError(f"expected a face_scale from 1 to 10, got {self.face_scale}")
+        if (count := len(self.feature_encoder_revisions)) not in (0, len(self.feature_encoders)):
+            raise ValueError(f"expected as many feature_encoder_revisions as feature_encoders, or none, got {count}")
         for name in ("distillation_weight", "response_weight"):
             if getattr(self, name) and not self.feature_encoders:
                 raise ValueError(f"expected feature_encoders to distill, got none; or set {name} to 0")
@@ -209,7 +214,11 @@ class AutoencoderTrainer(TrainingLoop):
             )
             if config.vae_init_from:
                 self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.vae_init_from).state_dict())
-            encoders = [EncoderSurrogate.from_pretrained(encoder) for encoder in config.feature_encoders]
+            revisions = config.feature_encoder_revisions or (None,) * len(config.feature_encoders)
+            encoders = [
+                EncoderSurrogate.from_pretrained(encoder, revision=revision)
+                for encoder, revision in zip(config.feature_encoders, revisions, strict=True)
+            ]
             heads = nn.ModuleList()
             for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
                 _, width, side, _ = encoder.encode_images(torch.zeros(1, 3, 64, 64)).shape
