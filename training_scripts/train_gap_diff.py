@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
     figures = trainer.train(resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
-        pipeline.save_pretrained(trainer.output_dir, include_remote_code=False)
+        pipeline.save_pretrained(trainer.output_dir)
         record = trainer.record(figures)
         write_json(trainer.output_dir / "training_record.json", record)
         hub.publish(arguments, trainer.output_dir, record)
