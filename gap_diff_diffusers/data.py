@@ -154,15 +154,28 @@ def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
     return images
 
 
-def _load_each(sources: Sequence[Source], load: Callable[[Source], torch.Tensor]) -> list[torch.Tensor]:
+def readable(photos: Sequence[Source]) -> list[Source]:
+    """Those of the photos that can be read; ValueError if none can."""
+
+    def read(source: Source) -> Source:
+        face_square(source)
+        return source
+
+    found = _load_each(photos, read)
+    if not found:
+        raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
+    return found
+
+
+def _load_each(sources: Sequence[Source], load: Callable[[Source], T]) -> list[T]:
     """What `load` makes of each photo; unreadable ones are left out, with a warning."""
-    images = []
+    loaded = []
     for source in sources:
         try:
-            images.append(load(source))
+            loaded.append(load(source))
         except PhotoError as error:
             logger.warning("left out: %s", error)
-    return images
+    return loaded
 
 
 def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
@@ -173,10 +186,13 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
-def split_record(train: int, held_out: int, skipped: int) -> dict[str, int | str]:
-    """What a training record says of its photos: how many there are, and how `split_held_out` divides them."""
+def split_record(train: int, held_out: int, skipped: int, **reasons: int) -> dict[str, int | str]:
+    """What a training record says of its photos: how many there are, and how `split_held_out` divides them.
+
+    `reasons` says for what how many of those skipped were.
+    """
     rule = "the first of every ten, by folder and name, is held out"
-    return {"train": train, "held_out": held_out, "skipped": skipped, "rule": rule}
+    return {"train": train, "held_out": held_out, "skipped": skipped, **reasons, "rule": rule}
 
 
 def face_square(source: Source, face_scale: float | None = None) -> Image.Image:
@@ -252,8 +268,8 @@ class FaceCrops:
     """Random crops of face squares, as an attacker would see them at about `native_size`.
 
     The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
-    them mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left
-    out, and counted in `skipped`.
+    them mirrored. Unreadable photos and those with a side under `minimum_side` are left out, and counted in
+    `unreadable` and `too_small`.
     """
 
     def __init__(
@@ -272,21 +288,29 @@ class FaceCrops:
             )
         self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
         self.squares: list[Image.Image] = []
-        self.skipped = 0
+        self.unreadable = self.too_small = 0
         for source in photos:
             try:
                 square = face_square(source)
             except PhotoError:
-                self.skipped += 1
+                self.unreadable += 1
                 continue
             if square.width < minimum_side:
-                self.skipped += 1
+                self.too_small += 1
             else:
                 self.squares.append(square)
+        left_out = f"{self.unreadable} unreadable, {self.too_small} under {minimum_side} px a side"
         if not self.squares:
             raise ValueError(
-                f"expected photos of at least {minimum_side} px a side, got none among {len(photos)} photos"
+                f"expected photos that can be read, of at least {minimum_side} px a side, got none among "
+                f"{len(photos)}: {left_out}"
             )
+        logger.info("%d photos to train on; left out: %s", len(self.squares), left_out)
+
+    def split_record(self, held_out: int, unreadable: int) -> dict[str, int | str]:
+        """What a record says of these photos, and of those held out with them, of which some were unreadable."""
+        reasons = {"unreadable": self.unreadable + unreadable, "too_small": self.too_small}
+        return split_record(len(self.squares), held_out, sum(reasons.values()), **reasons)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(N,3,crop_size,crop_size) float32 in [0,1]."""

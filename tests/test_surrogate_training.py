@@ -463,6 +463,8 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     record = json.loads((out / "training_record.json").read_text())
     assert record["photos"]["train"] == 10 and record["photos"]["held_out"] == 2
     assert {"held_out/psnr", "held_out/loss"} <= set(record["figures"])
+    first = json.loads((out / "autoencoder" / "vae" / "training_record.json").read_text())["photos"]
+    assert first == first | {"train": 10, "held_out": 2, "unreadable": 1, "too_small": 0}
     assert record["config"]["feature_encoders"] == ["encoder.safetensors"]
     assert Image.open(out / "samples" / "2.png").size == (128, 64)
     assert Image.open(out / "autoencoder" / "samples" / "2.png").size == (128, 128)
@@ -539,7 +541,7 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
     found, captions = config().load_photos()
     assert found[:12] == sources and captions == rows["text"]
     trainer = AutoencoderTrainer(config())
-    assert len(trainer.crops.squares) == 10 and trainer.crops.skipped == 1
+    assert len(trainer.crops.squares) == 10 and trainer.crops.unreadable == 1
     assert len(config(max_train_samples=5).load_photos()[0]) == 5
     with pytest.raises(ValueError, match=r"expected a column 'image' in .*, got picture, text"):
         config(image_column="image").load_photos()

@@ -14,7 +14,7 @@ from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
-from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
+from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
@@ -75,14 +75,26 @@ def test_face_square_is_the_top_middle(tmp_path):
 
 def test_face_crops_skip_what_is_unreadable_and_depend_on_the_generator_alone(photos):
     crops = FaceCrops(list_photos([photos]), crop_size=64)
-    assert (len(crops.squares), crops.skipped) == (12, 1)
+    assert (len(crops.squares), crops.unreadable, crops.too_small) == (12, 1, 0)
     first, again, other = (crops.sample(3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, 3, 64, 64)
     assert first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match="at least 1000 px"):
-        FaceCrops(list_photos([photos / "more"]) * 2, crop_size=64, minimum_side=1000)
+    with pytest.raises(ValueError, match=r"at least 1000 px .* among 7: 1 unreadable, 6 under 1000 px"):
+        FaceCrops([*list_photos([photos / "more"]), photos / "broken.jpg"], crop_size=64, minimum_side=1000)
+
+
+def test_photos_that_cannot_be_read_are_not_among_those_held_out(photos, encoder, tmp_path):
+    (photos / "0.png").write_bytes(b"no photo")  # the first of all, which is held out
+    small = Image.open(photos / "2.png").resize((120, 160))
+    small.save(photos / "2.png")
+    trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "run"))
+    counts = {"train": 9, "held_out": 1, "skipped": 3, "unreadable": 2, "too_small": 1}
+    assert trainer.record({})["photos"] == trainer.record({})["photos"] | counts
+    (photos / "8.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="photos that can be read, got none among 1"):
+        readable([photos / "8.png"])
 
 
 def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():

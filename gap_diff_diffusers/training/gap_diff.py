@@ -12,7 +12,6 @@ protected photos while the generator learns.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 
 from ..budget import budget_levels
 from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, split_record
+from ..data import FaceCrops, PhotosConfig, load_faces, readable
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
@@ -33,9 +32,6 @@ from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
-
-logger = logging.getLogger(__name__)
-
 
 STAGES = {
     "released": ((0.8, 0.0, 1.0), (1.0, 0.6, 0.4)),
@@ -248,12 +244,13 @@ class GAPDiffTrainer(TrainingLoop):
         with torch.no_grad():
             self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
-        self.train_photos, self.held_out = config.split_photos()
+        self.train_photos, held_out = config.split_photos()
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
-        logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
+        self.held_out = readable(held_out)
+        self.unreadable = len(held_out) - len(self.held_out)
         count = max(1, config.num_validation_images)
-        held_out = self.held_out[:: max(1, len(self.held_out) // count)][:count]
-        self.validation_faces = load_faces(held_out, 512).to(self.device)
+        shown = self.held_out[:: max(1, len(self.held_out) // count)][:count]
+        self.validation_faces = load_faces(shown, 512).to(self.device)
         # Autoencoders of Stable Diffusion overflow in float16.
         self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
@@ -416,7 +413,7 @@ class GAPDiffTrainer(TrainingLoop):
             if earlier and earlier.is_file()
             else config["init_from"] or "random",
             "config": config,
-            "photos": split_record(len(self.crops.squares), len(self.held_out), self.crops.skipped),
+            "photos": self.crops.split_record(len(self.held_out), self.unreadable),
             "encoders": [encoder.name for encoder in self.encoders],
             "steps": self.step,
             "figures": figures,

@@ -241,6 +241,7 @@ class AutoencoderTrainer(TrainingLoop):
         train, held_out = config.split_photos()
         self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
         self.held_out = load_faces(held_out, config.resolution)
+        self.unreadable = len(held_out) - len(self.held_out)
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -512,6 +513,7 @@ def train_surrogate(
             if earlier and earlier.is_file()
             else portable_name(config.vae_init_from) or "random",
             "config": _settings(config, *AUTOENCODER_SETTINGS),
+            "photos": stage.crops.split_record(len(stage.held_out), stage.unreadable),
             "figures": figures,
         }
         if stage.accelerator.is_main_process:
