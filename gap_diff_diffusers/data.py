@@ -186,6 +186,11 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
+def pick(photos: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the photos, at equal distances."""
+    return list(photos[:: max(1, len(photos) // count)][:count])
+
+
 def split_record(train: int, held_out: int, skipped: int, **reasons: int) -> dict[str, int | str]:
     """What a training record says of its photos: how many there are, and how `split_held_out` divides them.
 
@@ -269,7 +274,7 @@ class FaceCrops:
 
     The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
     them mirrored. Unreadable photos and those with a side under `minimum_side` are left out, and counted in
-    `unreadable` and `too_small`.
+    `unreadable` and `too_small`. Photos stay decoded up to `memory` bytes; the rest is decoded for every crop.
     """
 
     def __init__(
@@ -280,6 +285,7 @@ class FaceCrops:
         native_size: int = 512,
         scales: tuple[float, float] = (0.8, 1.2),
         minimum_side: int = 200,
+        memory: int = 4 * 2**30,
     ):
         if not 0 < crop_size <= scales[0] * native_size:
             raise ValueError(
@@ -287,7 +293,7 @@ class FaceCrops:
                 "scale the photos less"
             )
         self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
-        self.squares: list[Image.Image] = []
+        self.squares: list[Image.Image | Source] = []
         self.unreadable = self.too_small = 0
         for source in photos:
             try:
@@ -298,7 +304,8 @@ class FaceCrops:
             if square.width < minimum_side:
                 self.too_small += 1
             else:
-                self.squares.append(square)
+                memory -= 3 * square.width**2
+                self.squares.append(square if memory >= 0 else source)
         left_out = f"{self.unreadable} unreadable, {self.too_small} under {minimum_side} px a side"
         if not self.squares:
             raise ValueError(
@@ -319,6 +326,8 @@ class FaceCrops:
     def _crop(self, draws: list[float]) -> torch.Tensor:
         which, scale, left, top, mirrored = draws
         square = self.squares[int(which * len(self.squares))]
+        if not isinstance(square, Image.Image):
+            square = face_square(square)
         low, high = self.scales
         side = square.width * self.crop_size / (self.native_size * (low + (high - low) * scale))
         x, y = left * (square.width - side), top * (square.width - side)

@@ -81,6 +81,9 @@ def test_face_crops_skip_what_is_unreadable_and_depend_on_the_generator_alone(ph
     assert first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    bounded = FaceCrops(list_photos([photos]), crop_size=64, memory=3 * 240**2 * 5)
+    assert sum(isinstance(square, Image.Image) for square in bounded.squares) == 5
+    assert torch.equal(bounded.sample(3, torch.Generator().manual_seed(1)), first)
     with pytest.raises(ValueError, match=r"at least 1000 px .* among 7: 1 unreadable, 6 under 1000 px"):
         FaceCrops([*list_photos([photos / "more"]), photos / "broken.jpg"], crop_size=64, minimum_side=1000)
 

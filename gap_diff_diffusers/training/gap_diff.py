@@ -22,7 +22,7 @@ from torch import nn
 
 from ..budget import budget_levels
 from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, readable
+from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
@@ -248,8 +248,7 @@ class GAPDiffTrainer(TrainingLoop):
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
         self.held_out = readable(held_out)
         self.unreadable = len(held_out) - len(self.held_out)
-        count = max(1, config.num_validation_images)
-        shown = self.held_out[:: max(1, len(self.held_out) // count)][:count]
+        shown = pick(self.held_out, max(1, config.num_validation_images))
         self.validation_faces = load_faces(shown, 512).to(self.device)
         # Autoencoders of Stable Diffusion overflow in float16.
         self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype

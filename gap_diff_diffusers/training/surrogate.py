@@ -37,7 +37,7 @@ from ..config import (
     provenance,
     write_json,
 )
-from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out, split_record
+from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, pick, readable, split_held_out, split_record
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
@@ -54,6 +54,8 @@ SCHEDULE = {
     "steps_offset": 1,
 }
 """Noise schedule of Stable Diffusion 1.x."""
+MAX_VALIDATED = 512
+"""How many held-out faces are measured at most, with mirror images where there are any."""
 
 
 AUTOENCODER_SETTINGS = (
@@ -240,8 +242,9 @@ class AutoencoderTrainer(TrainingLoop):
         make_names_unique(self.encoders)
         train, held_out = config.split_photos()
         self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
-        self.held_out = load_faces(held_out, config.resolution)
-        self.unreadable = len(held_out) - len(self.held_out)
+        self.held_out_photos = readable(held_out)
+        self.unreadable = len(held_out) - len(self.held_out_photos)
+        self.held_out = load_faces(pick(self.held_out_photos, MAX_VALIDATED), config.resolution)
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -399,13 +402,13 @@ class DenoiserTrainer(TrainingLoop):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss on up to 512 held-out faces and mirror images, always with the same draws; a picture of samples."""
+        """The loss on held-out faces and mirror images, always with the same draws; a picture of samples."""
         generator = torch.Generator().manual_seed(0)
         templates = self.config.captions
         captions = [caption or templates[i % len(templates)] for i, caption in enumerate(self.held_out_captions)]
         losses = [
             self._loss(self.held_out[i : i + 32], captions[i : i + 32], generator).item()
-            for i in range(0, min(len(captions), 512), 32)
+            for i in range(0, min(len(captions), MAX_VALIDATED), 32)
         ]
         loss = sum(losses) / len(losses)
         self.show(self.sample(self.config.num_validation_images))
@@ -513,7 +516,7 @@ def train_surrogate(
             if earlier and earlier.is_file()
             else portable_name(config.vae_init_from) or "random",
             "config": _settings(config, *AUTOENCODER_SETTINGS),
-            "photos": stage.crops.split_record(len(stage.held_out), stage.unreadable),
+            "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
             "figures": figures,
         }
         if stage.accelerator.is_main_process:
