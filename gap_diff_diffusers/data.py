@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ class PhotosConfig:
         dataset_revision: branch, tag or commit of the dataset.
         dataset_split: which part of it.
         image_column: of the dataset.
-        caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
-            None for no captions.
         max_train_samples: the first so many photos, or None for all.
         data_description: what the photos are and on which terms, for the record and the model card.
     """
@@ -48,7 +46,7 @@ class PhotosConfig:
     dataset_revision: str | None = None
     dataset_split: str = "train"
     image_column: str = "image"
-    caption_column: str | None = None
+    caption_column: ClassVar[str | None] = None  # a setting of what learns captions
     max_train_samples: int | None = None
     data_description: str = ""
 

@@ -18,6 +18,7 @@ from PIL import Image
 from test_surrogates import sana_like
 
 from gap_diff_diffusers.config import training_parser
+from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
     AutoencoderTrainer,
@@ -182,6 +183,12 @@ def test_a_run_can_end_early_and_go_on(tmp_path):
         Line(line_config(tmp_path / "parts")).train(resume="checkpoint-33")
     Line(line_config(tmp_path / "parts")).train(resume="checkpoint-40")
     assert [entry["loss"] for entry in log_of(tmp_path / "parts")] == losses[1]
+
+
+def test_only_what_learns_captions_takes_a_column_of_them():
+    for config_class, takes in ((GAPDiffTrainingConfig, False), (SurrogateTrainingConfig, True)):
+        flags = training_parser(None, config_class).format_help()
+        assert ("--caption_column" in flags) is takes
 
 
 def test_resuming_is_asked_for_as_in_diffusers():
@@ -477,7 +484,7 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
 
     for changes, message in (
         ([], "an output folder without"),
-        (["--resume_from_checkpoint", "--kl_weight", "1"], "another kl_weight"),
+        (["--resume_from_checkpoint", "--kl_weight", "1", "--ema_decay", "0.5"], "another kl_weight, ema_decay"),
     ):
         refused = subprocess.run([*without_pushing, *changes], capture_output=True, text=True)
         assert refused.returncode != 0 and message in refused.stderr and "Traceback" not in refused.stderr

@@ -162,6 +162,17 @@ def test_an_encoder_sees_photos_at_its_resolution(photos, encoder, tmp_path):
         make_config(photos, encoder, tmp_path, encoder_resolutions=(256, 512))
 
 
+def test_encoders_save_memory_where_they_can(photos, model, tmp_path):
+    def gradient(checkpointing):
+        trainer = GAPDiffTrainer(
+            make_config(photos, model, tmp_path / "run", gradient_checkpointing=checkpointing, max_grad_norm=0.0)
+        )
+        assert trainer.encoders[0].encoder.is_gradient_checkpointing is checkpointing
+        return trainer.training_step(seeded())["gradient_norm"]
+
+    assert gradient(True) == pytest.approx(gradient(False), rel=1e-4)
+
+
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(0)

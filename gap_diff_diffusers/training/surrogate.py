@@ -83,6 +83,15 @@ AUTOENCODER_SETTINGS = (
     "distillation_weight",
     "response_weight",
     "response_eps",
+    "gradient_accumulation_steps",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "mixed_precision",
     "seed",
 )
 """What the first stage depends on alone: a finished one is not used again with others."""
@@ -97,6 +106,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
 
     Attributes:
         resolution: side in pixels of the pictures that the model makes; a multiple of 8.
+        caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
+            None for no captions.
         captions: what is said of a photo that has no caption, drawn anew each time, and of samples. All words of
             captions are tokens of their own, but for the rarest of many thousands.
         rare_tokens: further words that are tokens of their own, for personalization.
@@ -135,6 +146,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     """
 
     resolution: int = 256
+    caption_column: str | None = None
     captions: tuple[str, ...] = (
         "a photo of a person",
         "a photo of person",
@@ -500,7 +512,7 @@ def train_surrogate(
         vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
         vae.register_to_config(_name_or_path="")  # a folder of this machine
         now = _settings(config, *AUTOENCODER_SETTINGS)
-        changed = [key for key, value in now.items() if first["config"].get(key) != value]
+        changed = [key for key, value in now.items() if first["config"].get(key, value) != value]
         if changed:
             raise ValueError(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
