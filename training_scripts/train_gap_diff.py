@@ -1,6 +1,6 @@
 """Train the perturbation generator of GAP-Diff and save it as a pipeline, with its training record.
 
-    python training_scripts/train_gap_diff.py --config training_scripts/configs/gap_diff_encoders.json \\
+    python training_scripts/train_gap_diff.py --config training_scripts/configs/gap_diff_encoders_first.json \\
         --train_data_dir portraits synthetic --encoders taef2_encoder.safetensors taesana_encoder.safetensors \\
         --output_dir gap-diff
 
