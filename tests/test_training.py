@@ -304,28 +304,56 @@ def test_the_papers_configs_differ_in_what_they_are_named_after():
     assert settings("released") == paper | {"noise": "uniform", "discriminator_input": "preprocessed"}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
-    whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole"))
+def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, model, tmp_path):
+    class Noting(GAPDiffTrainer):
+        """Keeps what each part of a step measured; ends like one who is interrupted before a step."""
+
+        end = None
+
+        def training_step(self, generator):
+            if self.step == self.end:
+                raise KeyboardInterrupt
+            figures = super().training_step(generator)
+            self.__dict__.setdefault("noted", []).append((self.step, figures))
+            return figures
+
+    def run(name):
+        changes = {"surrogates": (model,), "surrogate_weights": (0.5,), "surrogate_resolutions": (512,)}
+        changes |= {"surrogate_learning_rates": (1e-3,), "surrogate_learning_steps": 2, "gan_weight": 0.1}
+        changes |= {"gradient_accumulation_steps": 2, "stages": ([0.5, 0, 1], [1, 0.6, 0.4])}
+        changes |= {"scale_factors": ([[0.5, 1]],), "scale_weights": (1.0,), "num_validation_images": 1}
+        return Noting(make_config(photos, encoder, tmp_path / name, **changes))
+
+    whole, interrupted = run("whole"), run("parts")
     whole.train()
-
-    interrupted = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
-    interrupted.output_dir.mkdir()
-    for _ in range(2):
-        interrupted.training_step(interrupted.step_generator())
-        interrupted.step += 1
-    interrupted.save_checkpoint()
-    resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
+    interrupted.end = 3
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    torch.manual_seed(99)  # which nothing may depend on
+    resumed = run("parts")
     resumed.train(resume="latest")
-    for name, parameter in whole.generator.named_parameters():
-        torch.testing.assert_close(resumed.generator.get_parameter(name), parameter, atol=1e-6, rtol=0)
+    assert [step for step, _ in resumed.noted] == [2, 2, 3, 3]
+    for (_, expected), (_, actual) in zip(whole.noted[4:], resumed.noted, strict=True):
+        assert actual == pytest.approx(expected, abs=1e-6, rel=0)
+        assert {"loss/gan", "loss/discriminator", "protected/denoising/model"} <= set(actual)
+    assert list(whole.networks) == ["generator", "discriminator", "denoiser 0"]
+    for name, network in whole.networks.items():
+        for parameter, again in zip(network.parameters(), resumed.networks[name].parameters(), strict=True):
+            torch.testing.assert_close(again, parameter, atol=1e-6, rtol=0)
 
-    logs = [
-        [json.loads(line) for line in (tmp_path / run / "training_log.jsonl").read_text().splitlines()]
-        for run in ("whole", "parts")
-    ]
-    assert [entry["step"] for entry in logs[1]] == [3, 4]
-    for expected, actual in zip(logs[0][2:], logs[1], strict=True):
-        assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+@pytest.mark.parametrize("family", ["sd-v", "sdxl", "sd3", "flux-dev"])
+def test_every_family_of_models_is_trained_against_and_learns(photos, family, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES[family]().save_pretrained(tmp_path / "model")
+    changes = {"surrogate_learning_rates": (1e-3,), "timestep_weighting": "linear", "rms_weight": 0.0}
+    trainer = GAPDiffTrainer(diffusion_config(photos, str(tmp_path / "model"), tmp_path / "run", **changes))
+    before = [parameter.clone() for parameter in trainer.surrogates[0].denoiser.parameters()]
+    figures = trainer.training_step(seeded())
+    assert figures["loss"] == pytest.approx(-figures["denoising/model"])
+    assert figures["gradient_norm"] > 0 and figures["learned/model"] > 0
+    learned = trainer.surrogates[0].denoiser.parameters()
+    assert any(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
 
 
 @pytest.mark.parametrize(
