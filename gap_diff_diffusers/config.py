@@ -48,7 +48,12 @@ def training_parser(description: str | None, config_class: type) -> argparse.Arg
     """The flags that every training script has: a config file, resuming, and a flag per setting."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with any of the settings below")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run in --output_dir")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        help="continue the run in --output_dir, from its last checkpoint or from that of this name (checkpoint-400)",
+    )
     add_config_arguments(parser, config_class)
     return parser
 
@@ -92,11 +97,17 @@ def check_choices(config: object, **choices: tuple[str, ...]) -> None:
             raise ValueError(f"expected {name} one of {', '.join(known)}, got {value!r}")
 
 
-def check_at_least_one(config: object, *names: str) -> None:
-    """ValueError if one of these settings is under 1."""
+def check_at_least(least: float, config: object, *names: str) -> None:
+    """ValueError if one of these settings is under `least`; None passes."""
     for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"expected {name} of at least 1, got {value}")
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"expected {name} of at least {least}, got {value}")
+
+
+def check_at_least_one(config: object, *names: str) -> None:
+    """ValueError if one of these settings is under 1; None passes."""
+    check_at_least(1, config, *names)
 
 
 def check_types(config: object) -> None:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from .config import check_at_least_one, check_types
 from .faces import find_faces
 from .images import PHOTO_SUFFIXES, PhotoError, read_photo
 
@@ -35,8 +36,6 @@ class PhotosConfig:
         dataset_revision: branch, tag or commit of the dataset.
         dataset_split: which part of it.
         image_column: of the dataset.
-        caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
-            None for no captions.
         max_train_samples: the first so many photos, or None for all.
         data_description: what the photos are and on which terms, for the record and the model card.
     """
@@ -47,11 +46,13 @@ class PhotosConfig:
     dataset_revision: str | None = None
     dataset_split: str = "train"
     image_column: str = "image"
-    caption_column: str | None = None
+    caption_column: ClassVar[str | None] = None  # a setting of what learns captions
     max_train_samples: int | None = None
     data_description: str = ""
 
     def __post_init__(self):
+        check_types(self)
+        check_at_least_one(self, "max_train_samples")
         if bool(self.train_data_dir) == bool(self.dataset_name):
             raise ValueError(
                 f"expected either train_data_dir or dataset_name, got {list(self.train_data_dir)} and "
@@ -151,15 +152,28 @@ def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
     return images
 
 
-def _load_each(sources: Sequence[Source], load: Callable[[Source], torch.Tensor]) -> list[torch.Tensor]:
+def readable(photos: Sequence[Source]) -> list[Source]:
+    """Those of the photos that can be read; ValueError if none can."""
+
+    def read(source: Source) -> Source:
+        face_square(source)
+        return source
+
+    found = _load_each(photos, read)
+    if not found:
+        raise ValueError(f"expected photos that can be read, got none among {len(photos)}")
+    return found
+
+
+def _load_each(sources: Sequence[Source], load: Callable[[Source], T]) -> list[T]:
     """What `load` makes of each photo; unreadable ones are left out, with a warning."""
-    images = []
+    loaded = []
     for source in sources:
         try:
-            images.append(load(source))
+            loaded.append(load(source))
         except PhotoError as error:
             logger.warning("left out: %s", error)
-    return images
+    return loaded
 
 
 def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
@@ -170,10 +184,18 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
-def split_record(train: int, held_out: int, skipped: int) -> dict[str, int | str]:
-    """What a training record says of its photos: how many there are, and how `split_held_out` divides them."""
+def pick(photos: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the photos, at equal distances."""
+    return list(photos[:: max(1, len(photos) // count)][:count])
+
+
+def split_record(train: int, held_out: int, skipped: int, **reasons: int) -> dict[str, int | str]:
+    """What a training record says of its photos: how many there are, and how `split_held_out` divides them.
+
+    `reasons` says for what how many of those skipped were.
+    """
     rule = "the first of every ten, by folder and name, is held out"
-    return {"train": train, "held_out": held_out, "skipped": skipped, "rule": rule}
+    return {"train": train, "held_out": held_out, "skipped": skipped, **reasons, "rule": rule}
 
 
 def face_square(source: Source, face_scale: float | None = None) -> Image.Image:
@@ -264,8 +286,8 @@ class FaceCrops:
     """Random crops of face squares, as an attacker would see them at about `native_size`.
 
     The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
-    them mirrored. Photos stay decoded in memory; unreadable ones and those with a side under `minimum_side` are left
-    out, and counted in `skipped`.
+    them mirrored. Unreadable photos and those with a side under `minimum_side` are left out, and counted in
+    `unreadable` and `too_small`. Photos stay decoded up to `memory` bytes; the rest is decoded for every crop.
     """
 
     def __init__(
@@ -276,6 +298,7 @@ class FaceCrops:
         native_size: int = 512,
         scales: tuple[float, float] = (0.8, 1.2),
         minimum_side: int = 200,
+        memory: int = 4 * 2**30,
     ):
         if not 0 < crop_size <= scales[0] * native_size:
             raise ValueError(
@@ -283,22 +306,31 @@ class FaceCrops:
                 "scale the photos less"
             )
         self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
-        self.squares: list[Image.Image] = []
-        self.skipped = 0
+        self.squares: list[Image.Image | Source] = []
+        self.unreadable = self.too_small = 0
         for source in photos:
             try:
                 square = face_square(source)
             except PhotoError:
-                self.skipped += 1
+                self.unreadable += 1
                 continue
             if square.width < minimum_side:
-                self.skipped += 1
+                self.too_small += 1
             else:
-                self.squares.append(square)
+                memory -= 3 * square.width**2
+                self.squares.append(square if memory >= 0 else source)
+        left_out = f"{self.unreadable} unreadable, {self.too_small} under {minimum_side} px a side"
         if not self.squares:
             raise ValueError(
-                f"expected photos of at least {minimum_side} px a side, got none among {len(photos)} photos"
+                f"expected photos that can be read, of at least {minimum_side} px a side, got none among "
+                f"{len(photos)}: {left_out}"
             )
+        logger.info("%d photos to train on; left out: %s", len(self.squares), left_out)
+
+    def split_record(self, held_out: int, unreadable: int) -> dict[str, int | str]:
+        """What a record says of these photos, and of those held out with them, of which some were unreadable."""
+        reasons = {"unreadable": self.unreadable + unreadable, "too_small": self.too_small}
+        return split_record(len(self.squares), held_out, sum(reasons.values()), **reasons)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(N,3,crop_size,crop_size) float32 in [0,1]."""
@@ -307,6 +339,8 @@ class FaceCrops:
     def _crop(self, draws: list[float]) -> torch.Tensor:
         which, scale, left, top, mirrored = draws
         square = self.squares[int(which * len(self.squares))]
+        if not isinstance(square, Image.Image):
+            square = face_square(square)
         low, high = self.scales
         side = square.width * self.crop_size / (self.native_size * (low + (high - low) * scale))
         x, y = left * (square.width - side), top * (square.width - side)

@@ -171,7 +171,11 @@ class DreamBooth:
             self.embedding = surrogate.encode_prompt(self.prompts)
 
     def step(self) -> float:
-        """One optimizer step; returns its loss."""
+        """One optimizer step; returns its loss.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not a number; the weights are as before.
+        """
         config = self.config
         latents, noise, timesteps = self.draw_batch()
         counts = [config.train_batch_size, len(latents) - config.train_batch_size][: len(self.prompts)]
@@ -195,14 +199,17 @@ class DreamBooth:
             rest = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
             rest[rows] = False
             weight.grad[rest] = 0
-        nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not math.isfinite(value := loss.item()) or not (norm.isfinite() or may_overflow):
+            raise FloatingPointError(
+                f"the loss is {value} and its gradient {norm.item()} at step {self.schedule.last_epoch}; lower the "
+                f"learning rate of {config.learning_rate}, or use mixed_precision no"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(
-                f"the loss is {value}; lower the learning rate of {config.learning_rate}, or use mixed_precision no"
-            )
         return value
 
     def draw_batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -107,7 +107,8 @@ def write_model_card(
 def push_folder(folder: Path, repo_id: str, *, token: str | None = None, push_samples: bool = False) -> str:
     """Upload a trained pipeline to a repository that exists; returns the address of the commit.
 
-    What goes there is the pipeline, its record and its card, and nothing else that lies in the folder.
+    What goes there is the pipeline, with the code that runs it without this package, its record and its card, and
+    nothing else that lies in the folder.
 
     Args:
         folder: what to upload.
@@ -119,6 +120,8 @@ def push_folder(folder: Path, repo_id: str, *, token: str | None = None, push_sa
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     components = [name for name in index if not name.startswith("_") and (folder / name).is_dir()]
     allowed = ["README.md", "model_index.json", "training_record.json", *(f"{name}/*" for name in components)]
+    if isinstance(index["_class_name"], list):  # of a module in the folder
+        allowed.append(f"{index['_class_name'][0]}.py")
     if push_samples and (picture := _last_samples(folder)):
         allowed.append(picture)
     return str(

@@ -112,7 +112,7 @@ def test_training_learns_and_resumes_as_if_it_had_not_stopped(photos, tmp_path):
     assert "output_dir" not in record["config"] and str(tmp_path) not in json.dumps(record)
     config = FaceEmbedderConfig(output_dir=str(tmp_path / "part"), stop_after_steps=4, **settings)
     train_face_embedder(config)
-    rest, _ = train_face_embedder(FaceEmbedderConfig(output_dir=config.output_dir, **settings), resume=True)
+    rest, _ = train_face_embedder(FaceEmbedderConfig(output_dir=config.output_dir, **settings), resume="latest")
     losses = [
         [json.loads(line)["loss"] for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
         for run in (whole, rest)

@@ -147,6 +147,10 @@ def test_no_photos_and_a_diverging_run_are_errors(surrogate, images):
     with pytest.raises(ValueError, match="'xyzzy', which is 5"):
         settings = {"rare_token": "xyzzy", "instance_prompt": "xyzzy", "train_text_encoder": "token"}
         DreamBooth(surrogate, images, DreamBoothConfig(**SETTINGS | settings))
-    run = DreamBooth(surrogate, images * float("nan"), DreamBoothConfig(**SETTINGS))
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    run = DreamBooth(surrogate, images, DreamBoothConfig(**SETTINGS))
+    run.step()
+    run.posteriors = tuple(part * float("nan") for part in run.posteriors)
+    before = [parameter.clone() for parameter in run.parameters]
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step 1; lower the learning rate"):
         run.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))

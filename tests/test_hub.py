@@ -84,6 +84,19 @@ def push(source: str, repo_id: str) -> None:
     GAPDiffProtectionPipeline.from_pretrained(source).push_to_hub(repo_id)
 
 
+def publish_training_result(folder: str, repo_id: str) -> None:
+    import argparse
+    import json
+    from pathlib import Path
+
+    from gap_diff_diffusers import hub
+
+    parser = argparse.ArgumentParser()
+    hub.add_arguments(parser)
+    arguments = parser.parse_args(["--push_to_hub", "--hub_model_id", repo_id])
+    hub.publish(arguments, Path(folder), json.loads(Path(folder, "training_record.json").read_text()))
+
+
 # --- Fixtures ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def hub():
@@ -460,3 +473,18 @@ def test_push_to_hub(hub, installed, published, photo, out):
     installed.run(push, published, "org/pushed-too")
     installed.run(protect, "org/pushed-too", photo, out, {})
     np.testing.assert_array_equal(pixels(out), expected(published, photo))
+
+
+def test_what_a_training_pushes_runs_without_the_package(
+    hub, installed, without_package, make_pipeline, photo, out, tmp_path
+):
+    folder = tmp_path / "trained"
+    make_pipeline(seed=2).save_pretrained(folder)
+    record = {"config": {"data_description": ""}, "photos": {}, "figures": {}}
+    (folder / "training_record.json").write_text(json.dumps(record))
+    (folder / "private.py").write_text("")
+    installed.run(publish_training_result, folder, "org/trained")
+    files = set(hub.files("org/trained"))
+    assert f"{PIPELINE_MODULE}.py" in files and "training_record.json" in files and "private.py" not in files
+    without_package.run(protect_by_remote_code, "org/trained", photo, out, {"trust_remote_code": True})
+    np.testing.assert_array_equal(pixels(out), expected(folder, photo))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from accelerate import tracking
 from diffusers import StableDiffusionPipeline
 from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
+from gap_diff_diffusers.config import training_parser
+from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
     AutoencoderTrainer,
@@ -107,8 +111,64 @@ def test_an_interrupted_loop_resumes_as_if_nothing_had_happened(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Interrupted(line_config(tmp_path / "parts")).train()
     assert [entry["step"] for entry in log_of(tmp_path / "parts")] == list(range(1, 46))
-    Line(line_config(tmp_path / "parts")).train(resume=True)
+    Line(line_config(tmp_path / "parts")).train(resume="latest")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_without_averaging_and_clipping_a_step_is_that_of_plain_adam(tmp_path):
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.999, "adam_weight_decay": 0.0, "lr_scheduler": "constant"}
+    loop = Line(line_config(tmp_path, max_train_steps=3, max_grad_norm=0.0, ema_decay=0.0, **settings))
+    weight = loop.line.weight.detach().clone().requires_grad_(True)
+    adam = torch.optim.Adam([weight], lr=0.2, betas=(0.8, 0.999))
+    for step in range(3):
+        loop.step = step
+        x = torch.randn(loop.config.train_batch_size, 1, generator=loop.step_generator())
+        adam.zero_grad()
+        (x @ weight - 3 * x).square().mean().backward()
+        adam.step()
+    loop.step = 0
+    loop.train()
+    torch.testing.assert_close(loop.line.weight, weight)
+
+
+def test_a_step_can_accumulate_gradients(tmp_path):
+    class Judged(Line):
+        """With a second line, which learns otherwise, and which the first one's loss goes through."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            TrainingLoop.__init__(self, config, {"line": self.line, "other": torch.nn.Linear(1, 1, bias=False)})
+            torch.nn.init.ones_(self.networks["other"].weight)
+
+        def losses(self, generator):
+            x = torch.randn(4, 1, generator=generator)
+            yield "other", (self.networks["other"](x) - 2 * x).square().mean()
+            through = self.networks["other"].weight.clone()  # which may move before this loss is taken back
+            yield "line", (self.line(x) @ through - 3 * x).square().mean()
+
+        def training_step(self, generator):
+            norms = {name: self.update(name, loss) for name, loss in self.losses(generator)}
+            return {"gradient_norm": norms["line"]}
+
+    class Parts(Judged):
+        """What accumulating shall come to: the other line moves before the last part of the first one."""
+
+        def training_step(self, generator):
+            (_, other), (_, line) = self.losses(generator)
+            second = self.losses(generator)
+            self.update("other", (other + next(second)[1]) / 2)
+            return {"gradient_norm": self.update("line", (line + next(second)[1]) / 2)}
+
+    settings = {"max_train_steps": 5, "learning_rate": 0.01}
+    accumulated = Judged(line_config(tmp_path / "accumulated", gradient_accumulation_steps=2, **settings))
+    accumulated.train()
+    parts = Parts(line_config(tmp_path / "parts", **settings))
+    parts.train()
+    for name, network in parts.networks.items():
+        torch.testing.assert_close(accumulated.networks[name].weight, network.weight, atol=1e-6, rtol=0)
+    assert len(log_of(tmp_path / "accumulated")) == 5
+    with pytest.raises(ValueError, match="another gradient_accumulation_steps"):
+        Judged(line_config(tmp_path / "accumulated", **settings)).train(resume="latest")
 
 
 def test_a_run_can_end_early_and_go_on(tmp_path):
@@ -116,22 +176,79 @@ def test_a_run_can_end_early_and_go_on(tmp_path):
     part = Line(line_config(tmp_path / "parts", stop_after_steps=33))
     assert "held_out/weight" in part.train() and not part.line.training
     assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-20", "checkpoint-33"]
-    Line(line_config(tmp_path / "parts")).train(resume=True)
+    Line(line_config(tmp_path / "parts")).train(resume="latest")
     losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("parts", "whole")]
     assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"one of the checkpoints checkpoint-40, checkpoint-60 .* got checkpoint-33"):
+        Line(line_config(tmp_path / "parts")).train(resume="checkpoint-33")
+    Line(line_config(tmp_path / "parts")).train(resume="checkpoint-40")
+    assert [entry["loss"] for entry in log_of(tmp_path / "parts")] == losses[1]
+
+
+def test_only_what_learns_captions_takes_a_column_of_them():
+    for config_class, takes in ((GAPDiffTrainingConfig, False), (SurrogateTrainingConfig, True)):
+        flags = training_parser(None, config_class).format_help()
+        assert ("--caption_column" in flags) is takes
+
+
+def test_resuming_is_asked_for_as_in_diffusers():
+    parser = training_parser(None, LoopConfig)
+    for flags, resume in (([], None), ([""], "latest"), (["latest"], "latest"), (["checkpoint-4"], "checkpoint-4")):
+        arguments = ["--resume_from_checkpoint", *filter(None, flags)] if flags else []
+        assert parser.parse_args(arguments).resume_from_checkpoint == resume
+
+
+def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
+    class Noted(tracking.GeneralTracker):
+        name, requires_logging_directory = "noted", False
+        settings, figures = {}, {}
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        tracker = None
+
+        def store_init_configuration(self, values):
+            self.settings.update(values)
+
+        def log(self, values, step, **kwargs):
+            self.figures[step] = values
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "noted", Noted)
+    Line(line_config(tmp_path, max_train_steps=3, report_to="noted")).train()
+    assert Noted.settings["learning_rate"] == 0.2 and Noted.settings["stop_after_steps"] == "null"
+    assert sorted(Noted.figures) == [1, 2, 3] and "held_out/weight" in Noted.figures[3]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(ImportError, match="tracker tensorboard, which is not installed"):
+        Line(line_config(tmp_path / "out", report_to="tensorboard"))
+    with pytest.raises(ValueError, match="wandbb"):
+        Line(line_config(tmp_path / "out", report_to="wandbb"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_loop_refuses(tmp_path):
     with pytest.raises(ValueError, match="found none"):
-        Line(line_config(tmp_path)).train(resume=True)
+        Line(line_config(tmp_path)).train(resume="latest")
     Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="resume that, or choose another"):
         Line(line_config(tmp_path)).train()
     with pytest.raises(ValueError, match="another learning_rate, seed"):
-        Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume=True)
-    for wrong in ({"mixed_precision": "fp8"}, {"train_batch_size": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            line_config(tmp_path, **wrong)
+        Line(line_config(tmp_path, learning_rate=1.0, seed=1)).train(resume="latest")
+    for name, wrong in (
+        ("mixed_precision", "fp8"),
+        ("train_batch_size", 0),
+        ("train_batch_size", "6"),
+        ("learning_rate", "1e-4"),
+        ("max_train_steps", -3),
+        ("stop_after_steps", 0),
+        ("max_grad_norm", -1.0),
+        ("adam_beta2", 1.0),
+    ):
+        with pytest.raises(ValueError, match=f"expected {name}"):
+            line_config(tmp_path, **{name: wrong})
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
@@ -151,7 +268,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
     loop = Line(line_config(tmp_path))
     before = loop.line.weight.item()
     loss = (loop.line.weight - loop.line.weight.detach()).square().sum().sqrt()  # 0, with a gradient of 0 / 0
-    with pytest.raises(FloatingPointError, match="gradient nan at step 0"):
+    with pytest.raises(FloatingPointError, match=r"gradient nan at step 0.*lower learning rate than 0\.2,"):
         loop.update("line", loss)
     assert loop.line.weight.item() == before
 
@@ -162,7 +279,7 @@ def test_what_an_interruption_left_does_not_stop_a_run_from_resuming(tmp_path):
     with open(tmp_path / "training_log.jsonl", "a") as log:
         log.write('{"step": 2')
     assert len(checkpoints(tmp_path)) == 1
-    Line(line_config(tmp_path, max_train_steps=20)).train(resume=True)
+    Line(line_config(tmp_path, max_train_steps=20)).train(resume="latest")
     assert [entry["step"] for entry in log_of(tmp_path)] == list(range(1, 21))
 
 
@@ -183,19 +300,28 @@ def test_float16_gives_up_where_every_gradient_overflows(tmp_path):
     assert loop.schedulers["line"].last_epoch == 0
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    loop = Line(line_config(tmp_path, max_train_steps=20))
-    loop.train()
-
-    def save(state, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    loop.step = 40
-    with pytest.raises(OSError, match="No space"):
-        loop.save_checkpoint()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-20"]
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    Line(line_config(out, max_train_steps=20)).train()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource, signal, sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_surrogate_training import Line, line_config\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "loop = Line(line_config(sys.argv[1], max_train_steps=20))\n"
+        "loop.step = 40\n"
+        "loop.networks['line'] = torch.nn.Linear(1000, 100)\n"
+        "try:\n"
+        "    loop.save_checkpoint()\n"
+        "except OSError as error:\n"
+        "    sys.exit(f'error: {error}')\n"
+    )
+    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*File too large: '.*checkpoint-40'", done.stderr.splitlines()[-1])
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoint-20"]
 
 
 def test_two_processes_share_their_gradients(tmp_path):
@@ -344,6 +470,8 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     record = json.loads((out / "training_record.json").read_text())
     assert record["photos"]["train"] == 10 and record["photos"]["held_out"] == 2
     assert {"held_out/psnr", "held_out/loss"} <= set(record["figures"])
+    first = json.loads((out / "autoencoder" / "vae" / "training_record.json").read_text())["photos"]
+    assert first == first | {"train": 10, "held_out": 2, "unreadable": 1, "too_small": 0}
     assert record["config"]["feature_encoders"] == ["encoder.safetensors"]
     assert Image.open(out / "samples" / "2.png").size == (128, 64)
     assert Image.open(out / "autoencoder" / "samples" / "2.png").size == (128, 128)
@@ -356,7 +484,7 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
 
     for changes, message in (
         ([], "an output folder without"),
-        (["--resume_from_checkpoint", "--kl_weight", "1"], "another kl_weight"),
+        (["--resume_from_checkpoint", "--kl_weight", "1", "--ema_decay", "0.5"], "another kl_weight, ema_decay"),
     ):
         refused = subprocess.run([*without_pushing, *changes], capture_output=True, text=True)
         assert refused.returncode != 0 and message in refused.stderr and "Traceback" not in refused.stderr
@@ -369,6 +497,11 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"rescale_betas_zero_snr": True}, "v_prediction"),
         ({"face_scale": 0.5}, "face_scale"),
+        ({"resolution": "64"}, "resolution of type int"),
+        ({"vae_max_train_steps": -1}, "vae_max_train_steps of at least 0"),
+        ({"response_eps": 8.0}, "8 levels are written 8/255"),
+        ({"caption_dropout": 2.0}, "caption_dropout"),
+        ({"max_train_samples": -1}, "max_train_samples of at least 1"),
         ({"distillation_weight": 1.0}, "feature_encoders"),
         ({"response_weight": 1.0}, "feature_encoders"),
     ],
@@ -415,7 +548,7 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
     found, captions = config().load_photos()
     assert found[:12] == sources and captions == rows["text"]
     trainer = AutoencoderTrainer(config())
-    assert len(trainer.crops.squares) == 10 and trainer.crops.skipped == 1
+    assert len(trainer.crops.squares) == 10 and trainer.crops.unreadable == 1
     assert len(config(max_train_samples=5).load_photos()[0]) == 5
     with pytest.raises(ValueError, match=r"expected a column 'image' in .*, got picture, text"):
         config(image_column="image").load_photos()

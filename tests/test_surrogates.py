@@ -111,14 +111,20 @@ def test_from_pretrained_reads_files_and_diffusers_folders(tmp_path):
         assert all(parameter.grad is None for parameter in surrogate.parameters()), source
 
     vae = AutoencoderKL.from_pretrained(tmp_path / "pipe", subfolder="vae")
-    latents = EncoderSurrogate.from_pretrained(tmp_path / "pipe", subfolder="vae").encode_images(images)
-    torch.testing.assert_close(latents, vae.encode(images * 2 - 1).latent_dist.mean)
+    for subfolder in ("vae", None):  # a pipeline stands for its autoencoder
+        surrogate = EncoderSurrogate.from_pretrained(tmp_path / "pipe", subfolder=subfolder)
+        torch.testing.assert_close(surrogate.encode_images(images), vae.encode(images * 2 - 1).latent_dist.mean)
+        assert surrogate.name == "pipe"
 
 
 def test_from_pretrained_names_what_it_expected(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="AutoencoderKL or AutoencoderTiny"):
         EncoderSurrogate.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"none.safetensors.*no such file"):
+        EncoderSurrogate.from_pretrained(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match=r"got no config.json"):
+        EncoderSurrogate.from_pretrained(tmp_path.parent)
 
 
 def test_displacement_is_in_units_of_the_clean_variance():

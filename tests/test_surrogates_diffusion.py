@@ -668,6 +668,15 @@ def loss_from_hub(model, revision):
     return surrogate.denoising_loss(images, "a cat", generator=torch.Generator().manual_seed(3)).item()
 
 
+def latents_from_hub(model, revision):
+    import torch
+
+    from gap_diff_diffusers import EncoderSurrogate
+
+    images = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    return EncoderSurrogate.from_pretrained(model, revision=revision).encode_images(images).tolist()
+
+
 def test_models_on_the_hub_load_by_revision_and_what_is_gone_names_what_lives(folder, images, tmp_path):
     with FakeHub() as hub:
         hub.add_folder("org/model", folder("sd-epsilon"), revision="v1")
@@ -680,6 +689,15 @@ def test_models_on_the_hub_load_by_revision_and_what_is_gone_names_what_lives(fo
             with torch.no_grad():
                 expected = load_surrogate(folder(family)).denoising_loss(images[:1], "a cat", generator=seeded())
             assert worker.run(loss_from_hub, "org/model", revision) == pytest.approx(expected.item(), rel=1e-5)
+        hub.add_folder("org/vae", folder("sd-v") / "vae")
+        for model, family, revision in (
+            ("org/model", "sd-epsilon", "v1"),
+            ("org/model", "sd-v", None),
+            ("org/vae", "sd-v", None),
+        ):
+            expected = load_surrogate(folder(family)).encode_images(images[:1])
+            latents = torch.tensor(worker.run(latents_from_hub, model, revision))
+            torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
         refused = [
             ("stabilityai/stable-diffusion-2-1-base", None, "gone.*stable-diffusion-v1-5/stable-diffusion-v1-5"),
             ("no/such/folder", None, "folder.*stable-diffusion-v1-5/stable-diffusion-v1-5"),
@@ -690,6 +708,9 @@ def test_models_on_the_hub_load_by_revision_and_what_is_gone_names_what_lives(fo
         for model, revision, message in refused:
             with pytest.raises(WorkerError, match=f"ValueError: .*{message}"):
                 worker.run(loss_from_hub, model, revision)
+        for model, revision, message in (*refused[:4], ("enc/none.safetensors", None, "no such file")):
+            with pytest.raises(WorkerError, match=f"ValueError: .*{message}"):
+                worker.run(latents_from_hub, model, revision)
         worker.close()
 
 

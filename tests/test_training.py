@@ -14,11 +14,11 @@ from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
-from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, split_held_out
+from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
-from gap_diff_diffusers.training.loop import last_checkpoint
+from gap_diff_diffusers.training.loop import find_checkpoint
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
 from gap_diff_diffusers.transforms import build_transform
 
@@ -75,14 +75,29 @@ def test_face_square_is_the_top_middle(tmp_path):
 
 def test_face_crops_skip_what_is_unreadable_and_depend_on_the_generator_alone(photos):
     crops = FaceCrops(list_photos([photos]), crop_size=64)
-    assert (len(crops.squares), crops.skipped) == (12, 1)
+    assert (len(crops.squares), crops.unreadable, crops.too_small) == (12, 1, 0)
     first, again, other = (crops.sample(3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, 3, 64, 64)
     assert first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match="at least 1000 px"):
-        FaceCrops(list_photos([photos / "more"]) * 2, crop_size=64, minimum_side=1000)
+    bounded = FaceCrops(list_photos([photos]), crop_size=64, memory=3 * 240**2 * 5)
+    assert sum(isinstance(square, Image.Image) for square in bounded.squares) == 5
+    assert torch.equal(bounded.sample(3, torch.Generator().manual_seed(1)), first)
+    with pytest.raises(ValueError, match=r"at least 1000 px .* among 7: 1 unreadable, 6 under 1000 px"):
+        FaceCrops([*list_photos([photos / "more"]), photos / "broken.jpg"], crop_size=64, minimum_side=1000)
+
+
+def test_photos_that_cannot_be_read_are_not_among_those_held_out(photos, encoder, tmp_path):
+    (photos / "0.png").write_bytes(b"no photo")  # the first of all, which is held out
+    small = Image.open(photos / "2.png").resize((120, 160))
+    small.save(photos / "2.png")
+    trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "run"))
+    counts = {"train": 9, "held_out": 1, "skipped": 3, "unreadable": 2, "too_small": 1}
+    assert trainer.record({})["photos"] == trainer.record({})["photos"] | counts
+    (photos / "8.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="photos that can be read, got none among 1"):
+        readable([photos / "8.png"])
 
 
 def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():
@@ -156,6 +171,17 @@ def test_an_encoder_sees_photos_at_its_resolution(photos, encoder, tmp_path):
     assert trainer.training_step(seeded())[name] != GAPDiffTrainer(same).training_step(seeded())[name]
     with pytest.raises(ValueError, match="as many encoder_resolutions as encoders"):
         make_config(photos, encoder, tmp_path, encoder_resolutions=(256, 512))
+
+
+def test_encoders_save_memory_where_they_can(photos, model, tmp_path):
+    def gradient(checkpointing):
+        trainer = GAPDiffTrainer(
+            make_config(photos, model, tmp_path / "run", gradient_checkpointing=checkpointing, max_grad_norm=0.0)
+        )
+        assert trainer.encoders[0].encoder.is_gradient_checkpointing is checkpointing
+        return trainer.training_step(seeded())["gradient_norm"]
+
+    assert gradient(True) == pytest.approx(gradient(False), rel=1e-4)
 
 
 @pytest.fixture
@@ -235,6 +261,12 @@ def test_the_discriminator_sees_what_it_is_told_to(photos, model, tmp_path):
     assert abs(judged("preprocessed", "gaussian_blur") - plain) > 1e-5
 
 
+def test_an_autoencoder_alone_is_no_surrogate_to_learn(photos, model, tmp_path):
+    config = diffusion_config(photos, model + "/vae", tmp_path / "run", surrogate_learning_rates=(1e-3,))
+    with pytest.raises(ValueError, match="name it among the encoders"):
+        GAPDiffTrainer(config)
+
+
 def test_a_surrogate_learns_as_an_attacker_would(photos, model, tmp_path):
     def learned(**changes):
         changes |= {"surrogate_learning_rates": (1e-3,)}
@@ -257,7 +289,7 @@ def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_c
     assert any(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
     assert not any(parameter.requires_grad for parameter in trainer.surrogates[0].parameters())
     again = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", max_train_steps=3, **changes))
-    again.load_checkpoint(last_checkpoint(tmp_path / "run"))
+    again.load_checkpoint(find_checkpoint(tmp_path / "run"))
     for old, new in zip(learned, again.surrogates[0].denoiser.parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -272,28 +304,67 @@ def test_the_configs_that_ship_are_valid(path):
     assert all(isinstance(name, str) for name in config.surrogates)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
-    whole = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "whole"))
+def test_the_papers_configs_differ_in_what_they_are_named_after():
+    def settings(name):
+        return json.loads((ROOT / "training_scripts" / "configs" / f"gap_diff_{name}.json").read_text())
+
+    paper = settings("paper")
+    for name in ("gaussian_blur", "jpeg_mask", "without_preprocessing"):
+        assert settings(f"paper_{name}") == paper | {"transform": settings(f"paper_{name}")["transform"]}
+    assert settings("paper_time_weighting") == paper | {"timestep_weighting": "linear"}
+    assert settings("released") == paper | {"noise": "uniform", "discriminator_input": "preprocessed"}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, model, tmp_path):
+    class Noting(GAPDiffTrainer):
+        """Keeps what each part of a step measured; ends like one who is interrupted before a step."""
+
+        end = None
+
+        def training_step(self, generator):
+            if self.step == self.end:
+                raise KeyboardInterrupt
+            figures = super().training_step(generator)
+            self.__dict__.setdefault("noted", []).append((self.step, figures))
+            return figures
+
+    def run(name):
+        changes = {"surrogates": (model,), "surrogate_weights": (0.5,), "surrogate_resolutions": (512,)}
+        changes |= {"surrogate_learning_rates": (1e-3,), "surrogate_learning_steps": 2, "gan_weight": 0.1}
+        changes |= {"gradient_accumulation_steps": 2, "stages": ([0.5, 0, 1], [1, 0.6, 0.4])}
+        changes |= {"scale_factors": ([[0.5, 1]],), "scale_weights": (1.0,), "num_validation_images": 1}
+        return Noting(make_config(photos, encoder, tmp_path / name, **changes))
+
+    whole, interrupted = run("whole"), run("parts")
     whole.train()
+    interrupted.end = 3
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    torch.manual_seed(99)  # which nothing may depend on
+    resumed = run("parts")
+    resumed.train(resume="latest")
+    assert [step for step, _ in resumed.noted] == [2, 2, 3, 3]
+    for (_, expected), (_, actual) in zip(whole.noted[4:], resumed.noted, strict=True):
+        assert actual == pytest.approx(expected, abs=1e-6, rel=0)
+        assert {"loss/gan", "loss/discriminator", "protected/denoising/model"} <= set(actual)
+    assert list(whole.networks) == ["generator", "discriminator", "denoiser 0"]
+    for name, network in whole.networks.items():
+        for parameter, again in zip(network.parameters(), resumed.networks[name].parameters(), strict=True):
+            torch.testing.assert_close(again, parameter, atol=1e-6, rtol=0)
 
-    interrupted = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
-    interrupted.output_dir.mkdir()
-    for _ in range(2):
-        interrupted.training_step(interrupted.step_generator())
-        interrupted.step += 1
-    interrupted.save_checkpoint()
-    resumed = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "parts"))
-    resumed.train(resume=True)
-    for name, parameter in whole.generator.named_parameters():
-        torch.testing.assert_close(resumed.generator.get_parameter(name), parameter, atol=1e-6, rtol=0)
 
-    logs = [
-        [json.loads(line) for line in (tmp_path / run / "training_log.jsonl").read_text().splitlines()]
-        for run in ("whole", "parts")
-    ]
-    assert [entry["step"] for entry in logs[1]] == [3, 4]
-    for expected, actual in zip(logs[0][2:], logs[1], strict=True):
-        assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+@pytest.mark.parametrize("family", ["sd-v", "sdxl", "sd3", "flux-dev"])
+def test_every_family_of_models_is_trained_against_and_learns(photos, family, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES[family]().save_pretrained(tmp_path / "model")
+    changes = {"surrogate_learning_rates": (1e-3,), "timestep_weighting": "linear", "rms_weight": 0.0}
+    trainer = GAPDiffTrainer(diffusion_config(photos, str(tmp_path / "model"), tmp_path / "run", **changes))
+    before = [parameter.clone() for parameter in trainer.surrogates[0].denoiser.parameters()]
+    figures = trainer.training_step(seeded())
+    assert figures["loss"] == pytest.approx(-figures["denoising/model"])
+    assert figures["gradient_norm"] > 0 and figures["learned/model"] > 0
+    learned = trainer.surrogates[0].denoiser.parameters()
+    assert any(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +381,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, tmp_path):
         ({"stages": ()}, "beta, gamma"),
         ({"stages": "released code"}, "released, preprocessed"),
         ({"crop_size": 500}, "at most"),
+        ({"encoder_revisions": ("a", "b")}, "as many encoder_revisions as encoders"),
+        ({"init_from": str(ROOT)}, "has no generator"),
+        ({"crop_size": 64.5}, "crop_size of type int"),
+        ({"gan_weight": -1.0}, "gan_weight of at least 0"),
+        ({"eps": 8.0}, "8 levels are written 8/255"),
+        ({"rms": 0.0}, "rms above 0"),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):
@@ -326,6 +403,7 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     command += ["--max_train_steps", "2", "--num_validation_images", "2", "--mixed_precision", "no"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "pipeline_gap_diff_protection.py").is_file()  # for those without the package
     pipeline = GAPDiffProtectionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.generator.config.channels == [8, 8]
     record = json.loads((tmp_path / "out" / "training_record.json").read_text())

@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
         for name, parameter in generator.named_parameters():
             parameter.lerp_(first[name], 1 - arguments.share)
     pipeline = GAPDiffProtectionPipeline(generator.eval())
-    pipeline.save_pretrained(arguments.output_dir, include_remote_code=False)
+    pipeline.save_pretrained(arguments.output_dir)
     record = {
         "average": {"share_of_the_second": arguments.share, "output_gain": arguments.output_gain},
         "second": json.loads((arguments.second / "training_record.json").read_text()),

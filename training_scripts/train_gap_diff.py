@@ -1,11 +1,11 @@
 """Train the perturbation generator of GAP-Diff and save it as a pipeline, with its training record.
 
-    python training_scripts/train_gap_diff.py --config training_scripts/configs/gap_diff_encoders.json \\
+    python training_scripts/train_gap_diff.py --config training_scripts/configs/gap_diff_encoders_first.json \\
         --train_data_dir portraits synthetic --encoders taef2_encoder.safetensors taesana_encoder.safetensors \\
         --output_dir gap-diff
 
-The encoders can be Hub ids or folders of any `AutoencoderKL` or `AutoencoderTiny`. Flags override the config file;
-what is in neither has the default of `GAPDiffTrainingConfig`.
+The encoders can be Hub ids or folders of any `AutoencoderKL` or `AutoencoderTiny`, or of pipelines with one. Flags
+override the config file; what is in neither has the default of `GAPDiffTrainingConfig`.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
@@ -31,7 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
     figures = trainer.train(resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
-        pipeline.save_pretrained(trainer.output_dir, include_remote_code=False)
+        pipeline.save_pretrained(trainer.output_dir)
         record = trainer.record(figures)
         write_json(trainer.output_dir / "training_record.json", record)
         hub.publish(arguments, trainer.output_dir, record)
@@ -41,5 +43,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, SafetensorError, FloatingPointError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from gap_diff_diffusers import hub
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
@@ -40,5 +41,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, SafetensorError, FloatingPointError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

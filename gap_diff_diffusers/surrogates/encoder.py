@@ -4,7 +4,6 @@ An `AutoencoderKL` or `AutoencoderTiny` of diffusers, or the encoder half of one
 (https://github.com/madebyollin/taesd, MIT) as a bare safetensors file.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from .base import Surrogate, check_images, encode_latents
+from .files import find_file, read_class_name
 
 
 class _Block(nn.Module):
@@ -100,27 +100,29 @@ class EncoderSurrogate(Surrogate):
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
     ) -> "EncoderSurrogate":
-        """Load from a tiny encoder's `.safetensors` file, a folder, or a Hub id (`subfolder="vae"` for a pipeline's).
+        """Load from a tiny encoder's `.safetensors` file, a folder, or a Hub id; of a pipeline, its autoencoder.
 
         A bare tiny encoder has nothing to checkpoint.
 
         Raises:
-            ValueError: another kind of model.
+            ValueError: there is no such model, or it is of another kind.
         """
         if Path(model).is_file():
             return cls(build_tiny_encoder(safetensors.torch.load_file(model)).to(dtype), Path(model).stem)
         from diffusers import AutoencoderKL, AutoencoderTiny
 
-        config = AutoencoderKL.load_config(str(model), subfolder=subfolder, revision=revision, token=token)
+        if subfolder is None:
+            subfolder = "" if find_file(model, "config.json", None, revision, token) else "vae"
+        class_name = read_class_name(model, subfolder, revision, token)
         classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderTiny)}
-        if config["_class_name"] not in classes:
+        if class_name not in classes:
             raise ValueError(
-                f"{model}: expected {' or '.join(classes)}, got {json.dumps(config['_class_name'])}; "
-                "give the folder of an image autoencoder (subfolder='vae' of a Stable Diffusion pipeline)"
+                f"{model}: expected {' or '.join(classes)}, got {class_name!r}; "
+                "give an image autoencoder, or a pipeline that has one"
             )
-        autoencoder = classes[config["_class_name"]].from_pretrained(
+        autoencoder = classes[class_name].from_pretrained(
             str(model),
-            subfolder=subfolder,
+            subfolder=subfolder or None,
             revision=revision,
             variant=variant,
             token=token,

@@ -106,8 +106,8 @@ def disturb(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (image + (0.05 + 0.25 * draws[0]) * torch.randn(image.shape, generator=generator)).clamp(0, 1)
 
 
-def train_face_embedder(config: FaceEmbedderConfig, *, resume: bool = False) -> tuple[FaceEmbedderTrainer, dict]:
-    """Train it.
+def train_face_embedder(config: FaceEmbedderConfig, *, resume: str | None = None) -> tuple[FaceEmbedderTrainer, dict]:
+    """Train it, from the beginning or as `TrainingLoop.train` resumes.
 
     Returns:
         The run with its network, and the training record.

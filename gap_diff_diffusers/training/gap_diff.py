@@ -12,7 +12,6 @@ protected photos while the generator learns.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import check_at_least_one, check_choices, portable_settings, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, split_record
+from ..budget import budget_levels
+from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
+from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
-from ..surrogates import Surrogate, load_surrogate
-from ..surrogates.base import make_names_unique
+from ..surrogates import load_surrogate
+from ..surrogates.base import DiffusionSurrogate, make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
+from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
-
-logger = logging.getLogger(__name__)
-
 
 STAGES = {
     "released": ((0.8, 0.0, 1.0), (1.0, 0.6, 0.4)),
@@ -48,6 +46,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
 
     Attributes:
         encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
+        encoder_revisions: branch, tag or commit of each encoder; none of them for the newest.
         encoder_weights: how much each encoder counts in L_adv.
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
@@ -58,7 +57,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         surrogate_resolutions: side in pixels at which each surrogate is personalized; 512 leaves crops as they are.
         surrogate_learning_rates: above 0, a surrogate's denoiser learns the protected photos at this rate.
         surrogate_learning_steps: that happens every so many steps.
-        gradient_checkpointing: of the surrogates: less memory for more time.
+        gradient_checkpointing: of the surrogates and encoders: less memory for more time.
         prompt: what the surrogates are told of every photo.
         timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
             name such a weight and do not give it; the released code has none.
@@ -83,6 +82,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     """
 
     encoders: tuple[str, ...] = ()
+    encoder_revisions: tuple[str, ...] = ()
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
     encoder_resolutions: tuple[int, ...] = ()
@@ -144,7 +144,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             noise=("gaussian", "uniform"),
             discriminator_input=("protected", "preprocessed"),
         )
-        check_at_least_one(self, "surrogate_learning_steps")
+        check_at_least_one(self, "surrogate_learning_steps", "downscale", "crop_size")
+        check_at_least(0, self, "gan_weight", "rms_weight", "coherence_weight")
+        budget_levels(self.eps)
+        if self.rms <= 0:
+            raise ValueError(f"expected an rms above 0, got {self.rms}")
         if isinstance(self.stages, str) and self.stages not in STAGES:
             raise ValueError(f"expected stages {', '.join(STAGES)} or a list, got {self.stages!r}")
         stages = self.schedule
@@ -153,7 +157,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         ends = [stage[0] for stage in stages]
         if sorted(ends) != ends or ends[-1] != 1:
             raise ValueError(f"expected stages that end one after the other, the last at 1, got {self.stages!r}")
-        for name, kind in (("surrogate_revisions", "surrogates"), ("encoder_resolutions", "encoders")):
+        for name, kind in (
+            ("surrogate_revisions", "surrogates"),
+            ("encoder_revisions", "encoders"),
+            ("encoder_resolutions", "encoders"),
+        ):
             if (count := len(getattr(self, name))) not in (0, len(getattr(self, kind))):
                 raise ValueError(f"expected as many {name} as {kind}, or none, got {count}")
         if len(self.scale_factors) != len(self.scale_weights):
@@ -181,6 +189,11 @@ class GAPDiffTrainer(TrainingLoop):
 
     def __init__(self, config: GAPDiffTrainingConfig):
         if config.init_from:
+            if not find_file(config.init_from, "generator/config.json", None, None, None):
+                raise ValueError(
+                    f"expected a protection pipeline as init_from, got {config.init_from}, which has no generator; "
+                    "leave it out to begin with random weights"
+                )
             generator = GAPDiffGenerator.from_pretrained(
                 config.init_from,
                 subfolder="generator",
@@ -201,7 +214,7 @@ class GAPDiffTrainer(TrainingLoop):
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-        self.surrogates: list[Surrogate] = []
+        self.surrogates: list[DiffusionSurrogate] = []
         networks: dict[str, nn.Module] = {"generator": self.generator}
         if config.gan_weight:
             with torch.random.fork_rng(devices=[]):
@@ -216,6 +229,11 @@ class GAPDiffTrainer(TrainingLoop):
                 dtype=torch.float32 if rate else dtype,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
+            if not isinstance(surrogate, DiffusionSurrogate):
+                raise ValueError(
+                    f"expected text-to-image models as surrogates, got {model}, an image encoder alone; name it among "
+                    "the encoders"
+                )
             self.surrogates.append(surrogate)
             if rate:
                 networks[f"denoiser {index}"] = surrogate.denoiser
@@ -226,17 +244,21 @@ class GAPDiffTrainer(TrainingLoop):
         with torch.no_grad():
             self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
-        self.train_photos, self.held_out = config.split_photos()
+        self.train_photos, held_out = config.split_photos()
         self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
-        logger.info("%d photos to train on, %d skipped", len(self.crops.squares), self.crops.skipped)
-        count = max(1, config.num_validation_images)
-        held_out = self.held_out[:: max(1, len(self.held_out) // count)][:count]
-        self.validation_faces = load_faces(held_out, 512).to(self.device)
+        self.held_out = readable(held_out)
+        self.unreadable = len(held_out) - len(self.held_out)
+        shown = pick(self.held_out, max(1, config.num_validation_images))
+        self.validation_faces = load_faces(shown, 512).to(self.device)
         # Autoencoders of Stable Diffusion overflow in float16.
         self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
-            EncoderSurrogate.from_pretrained(encoder).to(self.device, self.encoder_dtype)
-            for encoder in config.encoders
+            EncoderSurrogate.from_pretrained(
+                encoder, revision=revision, gradient_checkpointing=config.gradient_checkpointing
+            ).to(self.device, self.encoder_dtype)
+            for encoder, revision in zip(
+                config.encoders, config.encoder_revisions or (None,) * len(config.encoders), strict=True
+            )
         ]
         make_names_unique([*self.surrogates, *self.encoders])
         self.transform: Transform = build_transform(config.transform).train()
@@ -390,7 +412,7 @@ class GAPDiffTrainer(TrainingLoop):
             if earlier and earlier.is_file()
             else config["init_from"] or "random",
             "config": config,
-            "photos": split_record(len(self.crops.squares), len(self.held_out), self.crops.skipped),
+            "photos": self.crops.split_record(len(self.held_out), self.unreadable),
             "encoders": [encoder.name for encoder in self.encoders],
             "steps": self.step,
             "figures": figures,

@@ -6,6 +6,7 @@ checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
 
 import json
 import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import check_at_least_one, check_choices
+from ..config import check_at_least, check_at_least_one, check_choices, check_types
 from ..data import save_grid
 from ..images import write_atomically
 
@@ -36,14 +37,17 @@ class LoopConfig:
         output_dir: gets the result, the training record, the log and the checkpoints.
         max_train_steps: optimizer steps, over which the learning rate runs its course.
         stop_after_steps: end earlier, as if these were all, but for the learning rate; None for not.
-        train_batch_size: photos per step and process.
+        train_batch_size: photos per process that a gradient is taken of.
+        gradient_accumulation_steps: a step's gradient is the mean of so many.
         learning_rate: of Adam with decoupled weight decay, at its peak.
         lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
         lr_warmup_steps: linear from 0.
+        adam_beta1, adam_beta2: of Adam's averages.
         adam_weight_decay: of all parameters.
-        max_grad_norm: gradients are scaled down to this norm.
-        ema_decay: of the averaged weights, which are validated and returned.
+        max_grad_norm: gradients are scaled down to this norm; 0 to leave them.
+        ema_decay: of the averaged weights, which are validated and returned; 0 for the last weights themselves.
         mixed_precision: "no", "bf16" or "fp16".
+        allow_tf32: GPUs may round the factors of float32 products to 10 bits; faster.
         checkpointing_steps: a checkpoint every so many steps, and at the end.
         checkpoints_total_limit: how many checkpoints are kept, the last ones.
         validation_steps: held-out photos are measured every so many steps, and at the end.
@@ -55,13 +59,17 @@ class LoopConfig:
     max_train_steps: int = 8000
     stop_after_steps: int | None = None
     train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
     adam_weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
     mixed_precision: str = "bf16"
+    allow_tf32: bool = False
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     validation_steps: int = 500
@@ -69,9 +77,21 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         check_choices(self, mixed_precision=("no", "bf16", "fp16"))
-        counts = ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
-        check_at_least_one(self, *counts)
+        counts = (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+        )
+        check_at_least_one(self, *counts, "stop_after_steps")
+        rates = ("learning_rate", "adam_weight_decay", "max_grad_norm")
+        check_at_least(0, self, "max_train_steps", "lr_warmup_steps", *rates)
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} from 0 to under 1, got {getattr(self, name)}")
 
 
 class TrainingLoop(ABC):
@@ -87,6 +107,10 @@ class TrainingLoop(ABC):
         config: the settings.
         networks: by name; moved to the device and set to training mode.
         learning_rates: by name, of networks that learn at a constant rate of their own.
+
+    Raises:
+        ImportError: the tracker of `report_to` is not installed.
+        ValueError: accelerate does not know it.
     """
 
     def __init__(
@@ -96,12 +120,19 @@ class TrainingLoop(ABC):
         learning_rates: dict[str, float] | None = None,
     ):
         self.config = config
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         )
+        if config.report_to != "none" and not self.accelerator.log_with:
+            raise ImportError(
+                f"expected the package of the tracker {config.report_to}, which is not installed; install it, or set "
+                "report_to to none"
+            )
         self.networks = {name: network.train().to(self.accelerator.device) for name, network in networks.items()}
         first = next(iter(networks))
         self.emas = {
@@ -112,7 +143,7 @@ class TrainingLoop(ABC):
             self.optimizers[name] = torch.optim.AdamW(
                 network.parameters(),
                 lr=(learning_rates or {}).get(name, config.learning_rate),
-                betas=(0.9, 0.99),
+                betas=(config.adam_beta1, config.adam_beta2),
                 weight_decay=config.adam_weight_decay,
             )
             self.schedulers[name] = get_scheduler(
@@ -123,30 +154,37 @@ class TrainingLoop(ABC):
             )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.step = 0
+        self.accumulated = 0
 
     @abstractmethod
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
-        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log."""
+        """One step with this source of randomness (on the CPU), ending in `update`s; returns the figures to log.
+
+        With `gradient_accumulation_steps` it is called so often, and the last call's `update`s move the networks.
+        """
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Figures on held-out photos, of the weights as they are: the loop puts the averaged ones in place."""
 
-    def train(self, *, resume: bool = False) -> dict[str, float]:
-        """Train to the end, from the last checkpoint if `resume`, and leave the averaged weights in evaluation mode.
+    def train(self, *, resume: str | None = None) -> dict[str, float]:
+        """Train to the end and leave the averaged weights in evaluation mode.
+
+        Args:
+            resume: the checkpoint to go on from, "latest" or its name; None to begin.
 
         Returns:
             The last validation's figures.
 
         Raises:
             ValueError: nothing to resume from, a checkpoint of other settings, or one where a run shall begin.
-            FloatingPointError: a loss or a gradient that is not a number; the weights are as before that step.
+            FloatingPointError: a loss or a gradient that is not a number; the network that it moves is as it was.
             OSError: the disk is full; the last whole checkpoint is still there.
         """
         config, main = self.config, self.accelerator.is_main_process
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if resume:
-            self.load_checkpoint(last_checkpoint(self.output_dir))
+            self.load_checkpoint(find_checkpoint(self.output_dir, resume))
         elif checkpoints(self.output_dir):
             raise ValueError(
                 f"expected an output folder without checkpoints, got {self.output_dir} of an earlier run; resume "
@@ -160,7 +198,9 @@ class TrainingLoop(ABC):
             write_atomically(log_path, "".join(line + "\n" for line in earlier).encode())
         self.accelerator.wait_for_everyone()
         if config.report_to != "none":
-            self.accelerator.init_trackers("training")
+            settings = asdict(config).items()
+            plain = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in settings}
+            self.accelerator.init_trackers("training", config=plain)
         description = type(self).__name__
         progress = tqdm(
             total=config.max_train_steps, initial=self.step, disable=None if main else True, desc=description
@@ -168,7 +208,7 @@ class TrainingLoop(ABC):
         validated: dict[str, float] = {}
         last = min(config.max_train_steps, config.stop_after_steps or config.max_train_steps)
         while self.step < last:
-            figures = self.training_step(self.step_generator())
+            figures = self._accumulate(self.step_generator())
             self.step += 1
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
@@ -191,21 +231,39 @@ class TrainingLoop(ABC):
             tracker.finish()
         return validated or self.validate()
 
+    def _accumulate(self, generator: torch.Generator) -> dict[str, float]:
+        """One optimizer step: the mean figures of its parts, but for the norm, which is that of their sum."""
+        count = self.config.gradient_accumulation_steps
+        parts = []
+        for index in range(count):
+            self.accumulated = index
+            parts.append(self.training_step(generator))
+        means = {name: sum(part[name] for part in parts) / count for name in parts[0]}
+        return means | {name: value for name, value in parts[-1].items() if name == "gradient_norm"}
+
     def update(self, name: str, loss: torch.Tensor) -> float:
-        """Step one network down its loss; returns the gradient's norm before it is clipped."""
+        """Step one network down its loss; returns the gradient's norm before it is clipped.
+
+        Where gradients are accumulated, all calls of a step but the last only add to them, and return 0.
+        """
         network, optimizer = self.networks[name], self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        count = self.config.gradient_accumulation_steps
+        if self.accumulated == 0:
+            optimizer.zero_grad(set_to_none=True)
+        # Into this network alone: others that a loss goes through keep the gradient of their own.
+        self.scaler.scale(loss / count).backward(inputs=list(network.parameters()))
+        if self.accumulated < count - 1 and loss.isfinite():
+            return 0.0
         if self.accelerator.num_processes > 1:  # before unscale_, so that all see the same overflow
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm or math.inf)
         # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not loss.isfinite() or not (norm.isfinite() or may_overflow):
-            rate = optimizer.param_groups[0]["lr"]
+            rate = optimizer.param_groups[0]["initial_lr"]
             raise FloatingPointError(
                 f"the loss of {name} is {loss.item()} and its gradient {norm.item()} at step {self.step}; start anew "
                 f"with a lower learning rate than {rate:.3g}, or without mixed precision"
@@ -265,10 +323,14 @@ class TrainingLoop(ABC):
             "num_processes": self.accelerator.num_processes,
         }
         try:
-            with open(temporary / "state.pt", "wb") as file:  # torch itself raises RuntimeError where the disk is full
+            with open(temporary / "state.pt", "wb") as file:
                 torch.save(state, file)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            # torch goes on where writing failed, and says something about positions.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(folder)) from error
             raise
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -318,13 +380,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def last_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint of a run.
+def find_checkpoint(output_dir: Path, name: str = "latest") -> Path:
+    """The checkpoint of a run that has this name, or its newest.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or none of this name.
     """
-    found = checkpoints(output_dir)
+    found = {folder.name: folder for folder in checkpoints(output_dir)}
     if not found:
         raise ValueError(f"expected a checkpoint to resume from in {output_dir}, found none; start without resuming")
-    return found[-1]
+    if name == "latest":
+        return list(found.values())[-1]
+    if (folder := found.get(Path(name).name)) is None:
+        raise ValueError(f"expected one of the checkpoints {', '.join(found)} in {output_dir}, or latest, got {name}")
+    return folder

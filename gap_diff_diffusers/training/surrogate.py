@@ -27,8 +27,17 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import check_choices, portable_name, portable_settings, provenance, write_json
-from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, split_held_out, split_record
+from ..budget import budget_levels
+from ..config import (
+    check_at_least,
+    check_at_least_one,
+    check_choices,
+    portable_name,
+    portable_settings,
+    provenance,
+    write_json,
+)
+from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, pick, readable, split_held_out, split_record
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
@@ -45,6 +54,8 @@ SCHEDULE = {
     "steps_offset": 1,
 }
 """Noise schedule of Stable Diffusion 1.x."""
+MAX_VALIDATED = 512
+"""How many held-out faces are measured at most, with mirror images where there are any."""
 
 
 AUTOENCODER_SETTINGS = (
@@ -67,10 +78,20 @@ AUTOENCODER_SETTINGS = (
     "kl_weight",
     "gradient_weight",
     "feature_encoders",
+    "feature_encoder_revisions",
     "feature_weight",
     "distillation_weight",
     "response_weight",
     "response_eps",
+    "gradient_accumulation_steps",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "mixed_precision",
     "seed",
 )
 """What the first stage depends on alone: a finished one is not used again with others."""
@@ -85,6 +106,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
 
     Attributes:
         resolution: side in pixels of the pictures that the model makes; a multiple of 8.
+        caption_column: of the dataset, or in a file metadata.jsonl in the folders, which names photos as `file_name`;
+            None for no captions.
         captions: what is said of a photo that has no caption, drawn anew each time, and of samples. All words of
             captions are tokens of their own, but for the rarest of many thousands.
         rare_tokens: further words that are tokens of their own, for personalization.
@@ -99,6 +122,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         gradient_weight: of the absolute error of neighboring pixels' differences; that of the pixels themselves, at
             three scales, is 1.
         feature_encoders: files, folders or Hub ids for `EncoderSurrogate.from_pretrained`.
+        feature_encoder_revisions: branch, tag or commit of each of them; none for the newest.
         feature_weight: how much it costs that a reconstruction's latents under these encoders lie elsewhere than the
             photo's, in units of their variance.
         response_weight: how much it costs, as the squared logarithm of the ratio, that latents move further, or less
@@ -122,6 +146,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     """
 
     resolution: int = 256
+    caption_column: str | None = None
     captions: tuple[str, ...] = (
         "a photo of a person",
         "a photo of person",
@@ -141,6 +166,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     kl_weight: float = 1e-3
     gradient_weight: float = 1.0
     feature_encoders: tuple[str, ...] = ()
+    feature_encoder_revisions: tuple[str, ...] = ()
     feature_weight: float = 0.1
     distillation_weight: float = 0.0
     response_weight: float = 0.0
@@ -162,6 +188,12 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
+        check_at_least_one(self, "resolution", "vae_crop_size", "vae_train_batch_size", "num_validation_images")
+        weights = ("kl_weight", "gradient_weight", "feature_weight", "distillation_weight", "response_weight")
+        check_at_least(0, self, "vae_max_train_steps", "vae_learning_rate", "snr_gamma", *weights)
+        budget_levels(self.response_eps)
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"expected caption_dropout from 0 to 1, got {self.caption_dropout}")
         factor = 2 ** (len(self.vae_channels) - 1)
         for name in ("resolution", "vae_crop_size"):
             if getattr(self, name) % factor:
@@ -171,6 +203,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
             raise ValueError("expected prediction_type 'v_prediction' with rescale_betas_zero_snr, got 'epsilon'")
         if self.face_scale is not None and not 1 <= self.face_scale <= 10:
             raise ValueError(f"expected a face_scale from 1 to 10, got {self.face_scale}")
+        if (count := len(self.feature_encoder_revisions)) not in (0, len(self.feature_encoders)):
+            raise ValueError(f"expected as many feature_encoder_revisions as feature_encoders, or none, got {count}")
         for name in ("distillation_weight", "response_weight"):
             if getattr(self, name) and not self.feature_encoders:
                 raise ValueError(f"expected feature_encoders to distill, got none; or set {name} to 0")
@@ -194,7 +228,11 @@ class AutoencoderTrainer(TrainingLoop):
             )
             if config.vae_init_from:
                 self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.vae_init_from).state_dict())
-            encoders = [EncoderSurrogate.from_pretrained(encoder) for encoder in config.feature_encoders]
+            revisions = config.feature_encoder_revisions or (None,) * len(config.feature_encoders)
+            encoders = [
+                EncoderSurrogate.from_pretrained(encoder, revision=revision)
+                for encoder, revision in zip(config.feature_encoders, revisions, strict=True)
+            ]
             heads = nn.ModuleList()
             for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
                 _, width, side, _ = encoder.encode_images(torch.zeros(1, 3, 64, 64)).shape
@@ -216,7 +254,9 @@ class AutoencoderTrainer(TrainingLoop):
         make_names_unique(self.encoders)
         train, held_out = config.split_photos()
         self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
-        self.held_out = load_faces(held_out, config.resolution)
+        self.held_out_photos = readable(held_out)
+        self.unreadable = len(held_out) - len(self.held_out_photos)
+        self.held_out = load_faces(pick(self.held_out_photos, MAX_VALIDATED), config.resolution)
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -374,13 +414,13 @@ class DenoiserTrainer(TrainingLoop):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss on up to 512 held-out faces and mirror images, always with the same draws; a picture of samples."""
+        """The loss on held-out faces and mirror images, always with the same draws; a picture of samples."""
         generator = torch.Generator().manual_seed(0)
         templates = self.config.captions
         captions = [caption or templates[i % len(templates)] for i, caption in enumerate(self.held_out_captions)]
         losses = [
             self._loss(self.held_out[i : i + 32], captions[i : i + 32], generator).item()
-            for i in range(0, min(len(captions), 512), 32)
+            for i in range(0, min(len(captions), MAX_VALIDATED), 32)
         ]
         loss = sum(losses) / len(losses)
         self.show(self.sample(self.config.num_validation_images))
@@ -451,9 +491,13 @@ class DenoiserTrainer(TrainingLoop):
 
 
 def train_surrogate(
-    config: SurrogateTrainingConfig, *, resume: bool = False
+    config: SurrogateTrainingConfig, *, resume: str | None = None
 ) -> tuple[DenoiserTrainer, dict[str, Any]]:
     """Train both stages; a finished autoencoder in the output folder is not trained again if `resume`.
+
+    Args:
+        config: the settings.
+        resume: as `TrainingLoop.train` has it, of the stage that was not finished; None to begin.
 
     Returns:
         The second stage with its pipeline, and the training record.
@@ -468,14 +512,14 @@ def train_surrogate(
         vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
         vae.register_to_config(_name_or_path="")  # a folder of this machine
         now = _settings(config, *AUTOENCODER_SETTINGS)
-        changed = [key for key, value in now.items() if first["config"].get(key) != value]
+        changed = [key for key, value in now.items() if first["config"].get(key, value) != value]
         if changed:
             raise ValueError(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
             )
     else:
         stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume and bool(checkpoints(stage.output_dir)))
+        figures = stage.train(resume=resume if checkpoints(stage.output_dir) else None)
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
         earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
@@ -484,6 +528,7 @@ def train_surrogate(
             if earlier and earlier.is_file()
             else portable_name(config.vae_init_from) or "random",
             "config": _settings(config, *AUTOENCODER_SETTINGS),
+            "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
             "figures": figures,
         }
         if stage.accelerator.is_main_process:
@@ -491,7 +536,7 @@ def train_surrogate(
             write_json(record_path, first)
         stage.accelerator.wait_for_everyone()
     denoiser = DenoiserTrainer(config, vae)
-    figures = first["figures"] | denoiser.train(resume=resume and bool(checkpoints(denoiser.output_dir)))
+    figures = first["figures"] | denoiser.train(resume=resume if checkpoints(denoiser.output_dir) else None)
     record = {
         "initial_autoencoder": first["initial_weights"],
         "config": _settings(config),
