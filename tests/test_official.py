@@ -83,6 +83,21 @@ def test_presets_and_a_missing_script(name, tmp_path):
     assert {attacker.script for attacker in map(ATTACKERS.load, OFFICIAL)} == set(official.RELEASES["v0.40.0"])
 
 
+def test_a_script_that_was_fetched_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "HF_HOME", str(tmp_path / "cache"))
+    attacker = ATTACKERS.load("official:dreambooth")()
+    with pytest.raises(ValueError, match="gap-diff fetch-attackers"):
+        attacker.find_script()
+    source = tmp_path / "source" / "v0.40.0" / "examples" / attacker.script
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"print()")
+    digest = hashlib.sha256(b"print()").hexdigest()
+    monkeypatch.setattr(official, "RELEASES", {"v0.40.0": {attacker.script: digest}})
+    folder = official.fetch_scripts(url=f"file://{tmp_path}/source/{{tag}}/examples/{{script}}")
+    assert attacker.find_script() == (folder / "examples" / attacker.script).resolve()
+    assert attacker.script_digest(attacker.config) == digest[:16]
+
+
 def test_scripts_are_fetched_once_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "HF_HOME", str(tmp_path / "cache"))
     source = tmp_path / "source" / "v0.40.0" / "examples" / "a" / "train.py"
