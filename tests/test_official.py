@@ -20,6 +20,7 @@ from gap_diff_diffusers import StableDiffusionXLSurrogate, download
 from gap_diff_diffusers.attackers import ATTACKERS, official
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig
+from gap_diff_diffusers.protect import load_pipeline
 
 OFFICIAL = sorted(name for name in ATTACKERS if name.startswith("official:"))
 SETTINGS = {"resolution": 64, "max_train_steps": 2, "num_class_images": 2, "train_batch_size": 1}
@@ -160,7 +161,7 @@ def test_dreambooth_loses_what_the_script_loses(surrogate, images, examples, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path, examples):
+def test_the_unmodified_script_runs_end_to_end_on_protected_photos(name, surrogate, images, tmp_path, examples):
     settings = SETTINGS | {"learning_rate": 0.05}
     if name == "official:custom-diffusion":
         settings["extra_arguments"] = ("--noaug",)  # it shrinks 64 px until no mask is left
@@ -170,7 +171,9 @@ def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path
     if name == "official:lora-sdxl":
         surrogate = StableDiffusionXLSurrogate(sdxl(), name="tiny")
     before = copy.deepcopy(surrogate)
-    pipeline = attacker(surrogate, images, class_images=images[:2], progress=False)
+    protected = load_pipeline(device="cpu")(images, 8 / 255, output_type="pt").images
+    assert not torch.equal(protected, images)
+    pipeline = attacker(surrogate, protected, class_images=images[:2], progress=False)
     assert draw(pipeline, attacker.config.instance_prompt).isfinite().all()
     assert changed(pipeline.unet, weights(before.denoiser)) if "inversion" not in name else True
     if name in ("official:custom-diffusion", "official:textual-inversion"):
