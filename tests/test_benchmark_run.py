@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import hashlib
 import io
 import json
 import os
@@ -26,8 +27,10 @@ from gap_diff_diffusers import benchmark_printed, benchmark_report, benchmark_ru
 from gap_diff_diffusers.benchmark_plots import draw_grids, draw_plots
 from gap_diff_diffusers.benchmark_run import BenchmarkConfig, Inputs, all_cells, all_groups, expand, missing
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.config import BUNDLED_FACE_MODEL
 from gap_diff_diffusers.protections import anti_dreambooth
 from gap_diff_diffusers.protections.anti_dreambooth import ASPLConfig
+from gap_diff_diffusers.recognition import DlibFaces
 
 JPEG = {"name": "jpeg", "quality": 70}
 QUICK = {
@@ -309,6 +312,44 @@ def test_a_person_without_a_face_is_named_before_any_attack(command, people, tmp
     Image.new("RGB", (64, 64)).save(people / "second" / "set_C" / "0.png")
     assert main(command) == 2
     assert "second/set_C: expected a face" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_two_people_in_one_folder_are_warned_of(people, caplog):
+    faces = DlibFaces()
+    benchmark_run.warn_of_people(people / "first" / "set_B", faces)
+    assert not caplog.text
+    other = Image.open(BUNDLED_FACE_MODEL / "figures" / "samples.png").crop((0, 0, 256, 256))
+    other.save(people / "first" / "set_B" / "1.png")
+    benchmark_run.warn_of_people(people / "first" / "set_B", faces)
+    assert "first/set_B: the faces of 2 photos may be of 2 people" in caplog.text
+    Image.new("RGB", (64, 64)).save(people / "second" / "set_B" / "0.png")
+    benchmark_run.warn_of_people(people / "second" / "set_B", faces)
+    assert "second/set_B: no face" in caplog.text
+
+
+def test_each_of_two_checkouts_is_run_under_its_own_digest(tmp_path):
+    attackers = []
+    for name in ("old", "new"):
+        script = tmp_path / name / "dreambooth" / "train_dreambooth.py"
+        script.parent.mkdir(parents=True)
+        script.write_text(f"# {name}")
+        attackers.append({"method": "official:dreambooth", "set": {"diffusers_examples": str(tmp_path / name)}})
+    config = make_config(attackers=attackers)
+    cells = list(all_cells(config, INPUTS))
+    assert str(tmp_path) not in json.dumps(cells)
+    digests = {name: hashlib.sha256(f"# {name}".encode()).hexdigest()[:16] for name in ("old", "new")}
+    for cell in cells:
+        found = benchmark_run.make_cells_attacker(config, cell).find_script().read_text()
+        assert cell["attack"]["diffusers_examples"] == digests[found.removeprefix("# ")]
+    assert {cell["attack"]["diffusers_examples"] for cell in cells} == set(digests.values())
+
+
+def test_the_memory_of_a_script_is_that_of_its_process():
+    device = torch.device("cpu")
+    before = benchmark_run.peak_memory_gb(device)
+    size = int((before + 0.3) * 2**30)
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert benchmark_run.peak_memory_gb(device) < before + 0.3 <= benchmark_run.peak_memory_gb(device, of_script=True)
 
 
 def test_results_of_another_version_are_refused(command, tmp_path, capsys):
