@@ -596,8 +596,17 @@ def test_curves_are_drawn_where_there_are_several_points(tmp_path):
     assert kinds([*jpegs, record("a", 0.5, publishing={"name": "jpeg", "quality": [50, 90]})])[-1] == "jpeg"
     assert kinds([record(str(person), 0.1) for person in range(8)]) == ["conditions"]  # all alike, but for rounding
     assert kinds([*jpegs[:1], record("a", 1.0, publishing={"name": "webp", "quality": 50})]) == ["conditions"]
+    published = [record("a", 0.5, publishing={"name": "publish", "preset": f"jpeg{quality}"}) for quality in (50, 90)]
+    assert kinds([jpegs[0], published[1], record("a", 0.5)]) == ["conditions", "jpeg"]
+    assert "stroke-dasharray" in (tmp_path / "jpeg-1.svg").read_text()  # no JPEG
+    assert kinds([jpegs[0], published[0]]) == ["conditions"]
+    assert kinds([*jpegs, record("a", 0.5, publishing={"name": "publish", "preset": "facebook"})])[-1] == "jpeg"
     budgets = [record("a", 0.5, protection="gap-diff", levels=levels, fdfr=1) for levels in (4, 8, 16)]
+    assert kinds([budgets[0], record("a", 1.0)]) == ["conditions"]  # one budget is no curve
+    assert kinds([*budgets, record("a", 1.0)]) == ["budget", "conditions"]
+    with_clean = (tmp_path / "budget-1.svg").read_bytes()
     assert kinds(budgets) == ["budget", "conditions"]
+    assert (tmp_path / "budget-1.svg").read_bytes() != with_clean
     first = (tmp_path / "budget-1.svg").read_bytes()
     kinds(budgets)
     assert (tmp_path / "budget-1.svg").read_bytes() == first
