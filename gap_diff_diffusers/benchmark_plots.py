@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmark_report import bootstrap_interval, describe, describe_transform, groups_of, named, person_means
+from .benchmark_report import (
+    bootstrap_interval,
+    describe,
+    describe_protection,
+    describe_transform,
+    groups_of,
+    named,
+    person_means,
+)
+from .transforms import PUBLISHING
 
 FIGURES = ("recognised", "FDFR", "ISM", "BRISQUE", "SER-FIQ")
 SHOWN = 4
@@ -34,12 +43,11 @@ def draw_plots(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
         cells = [record for of_condition in conditions.values() for record in of_condition]
         figures = named(cells[0]["figures"], *FIGURES)
         written.append(_draw_bars(title, conditions, figures, folder / f"conditions-{number}.svg"))
-        for name, of_cell, label in (
-            ("jpeg", _jpeg_quality, "JPEG quality"),
-            ("budget", _levels, "budget in levels"),
+        for name, places, label in (
+            ("jpeg", _over_jpeg(cells), "JPEG quality (dashed: without)"),
+            ("budget", _over_budget(cells), "budget in levels (0: clean)"),
         ):
-            curves = _curves(cells, of_cell)
-            if curves:
+            if curves := _curves(places):
                 path = folder / f"{name}-{number}.svg"
                 written.append(_draw_curves(title, curves, figures, label, path))
     return written
@@ -120,15 +128,17 @@ def _is_share(conditions: Mapping[str, list], figure: str) -> bool:
 
 
 def _draw_curves(
-    title: str, curves: Mapping[str, dict[float, list]], figures: Sequence[str], label: str, path: Path
+    title: str, curves: Mapping[str, dict[float | None, list]], figures: Sequence[str], label: str, path: Path
 ) -> Path:
     from matplotlib import pyplot
 
     plot, axes = pyplot.subplots(1, len(figures), figsize=(3.6 * len(figures), 3.4), squeeze=False)
     for axis, figure in zip(axes[0], figures):
         for index, (name, points) in enumerate(curves.items()):
-            values = {x: list(person_means(cells, figure).values()) for x, cells in sorted(points.items())}
-            values = {x: entries for x, entries in values.items() if entries}
+            values = {x: list(person_means(cells, figure).values()) for x, cells in points.items()}
+            if without := values.pop(None, None):
+                axis.axhline(sum(without) / len(without), color=f"C{index}", linestyle="--")
+            values = {x: entries for x, entries in sorted(values.items()) if entries}
             means = [sum(entries) / len(entries) for entries in values.values()]
             intervals = [bootstrap_interval(e) or (m, m) for e, m in zip(values.values(), means)]
             axis.plot(list(values), means, marker="o", color=f"C{index}", label=name)
@@ -151,30 +161,37 @@ def _save(plot, title: str, path: Path) -> Path:
     return path
 
 
-def _curves(cells: Sequence[Mapping[str, Any]], of_cell) -> dict[str, dict[float, list]]:
-    """{name: {x: cells}} of those names that have several values of x."""
-    curves: dict[str, dict[float, list]] = {}
-    for record in cells:
-        if (place := of_cell(record["cell"])) is not None:
-            name, x = place
-            curves.setdefault(name, {}).setdefault(x, []).append(record)
-    return {name: points for name, points in curves.items() if len(points) > 1}
+def _curves(places: Iterable[tuple[str, float | None, Mapping[str, Any]]]) -> dict[str, dict[float | None, list]]:
+    """{name: {x: cells}} of those names that have several values of x, besides 0 and None."""
+    curves: dict[str, dict[float | None, list]] = {}
+    for name, x, record in places:
+        curves.setdefault(name, {}).setdefault(x, []).append(record)
+    return {name: points for name, points in curves.items() if sum(bool(x) for x in points) > 1}
 
 
-def _jpeg_quality(cell: Mapping[str, Any]) -> tuple[str, float] | None:
-    """What was done besides, and the quality of a JPEG whose one argument that is."""
-    spec = cell["publishing"]
-    if not isinstance(spec, dict) or spec.get("name") != "jpeg" or set(spec) != {"name", "quality"}:
-        return None
-    if not isinstance(spec["quality"], int | float):  # a range
-        return None
-    return describe({**cell, "publishing": None}), spec["quality"]
+def _over_jpeg(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float | None, Mapping[str, Any]]]:
+    """What was done besides, and the quality, of cells whose photos were published as a JPEG or, None, as they are."""
+    for record in records:
+        cell = record["cell"]
+        spec = cell["publishing"]
+        preset = PUBLISHING.get(spec.get("preset")) if isinstance(spec, dict) else None
+        if preset and preset.long_side is None:
+            spec = None if preset.quality is None else {"name": "jpeg", "quality": preset.quality}
+        is_jpeg = isinstance(spec, dict) and spec["name"] == "jpeg" and set(spec) == {"name", "quality"}
+        if spec is None or (is_jpeg and not isinstance(spec["quality"], list)):  # which is a range
+            yield describe({**cell, "publishing": None}), spec and spec["quality"], record
 
 
-def _levels(cell: Mapping[str, Any]) -> tuple[str, float] | None:
-    """What was done besides, and the budget; clean photos have none."""
-    if cell["protection"] == "none":
-        return None
-    name = re.sub(r", \d+ levels", "", describe({**cell, "publishing": None, "purification": None}))
-    rest = [describe_transform(cell[key]) for key in ("publishing", "purification") if cell[key] is not None]
-    return ", then ".join([name, *rest]), cell["levels"]
+def _over_budget(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+    """What was done, and the levels; clean photos, with 0 levels, belong to every protection."""
+    names = {name for record in records if (name := _without_levels(record["cell"]))}
+    for record in records:
+        cell, name = record["cell"], _without_levels(record["cell"])
+        rest = [describe_transform(cell[key]) for key in ("publishing", "purification") if cell[key] is not None]
+        for protection in [name] if name else sorted(names):
+            yield ", then ".join([protection, *rest]), cell["levels"] if name else 0, record
+
+
+def _without_levels(cell: Mapping[str, Any]) -> str | None:
+    """Who protected the photos; None if nobody did."""
+    return None if cell["protection"] == "none" else re.sub(r", \d+ levels", "", describe_protection(cell))

@@ -1,8 +1,9 @@
 """The values that GAP-Diff's authors print, to stand beside ours: facts from the slides of NDSS 2025.
 
-FDFR in percent, ISM, BRISQUE and SER-FIQ for each of four prompts. Of Stable Diffusion 2.1, attacked by DreamBooth,
-with RetinaFace and ArcFace; so the levels are not comparable with those of other models, detectors or embeddings, only
-the order of the methods. The slides label neither table; the first is most likely of photos after JPEG 70.
+FDFR in percent, ISM, BRISQUE and SER-FIQ (`metrics.paper.FIGURES`) for each of four prompts. Of Stable Diffusion 2.1,
+attacked by DreamBooth, with RetinaFace and ArcFace; so the levels are not comparable with those of other models,
+detectors or embeddings, only the order of the methods. The slides label neither table; the first is most likely of
+photos after JPEG 70.
 """
 
 PROMPTS = {
@@ -11,7 +12,6 @@ PROMPTS = {
     "C": "a photo of {} looking at the mirror",
     "D": "a photo of {} in front of eiffel tower",
 }
-FIGURES = ("FDFR", "ISM", "BRISQUE", "SER-FIQ")
 _FIRST = """
 No defense   5.33/.61/26.27/.69 21.57/.48/ 9.64/.71  8.67/.44/19.61/.56 20.67/.22/20.11/.44
 PhotoGuard   6.22/.55/29.38/.71 19.44/.46/13.74/.71  9.67/.40/23.43/.56 19.56/.21/17.91/.45
@@ -60,7 +60,19 @@ TABLES = {
     "second table": _read(_SECOND),
     "preprocessing": _read(_PREPROCESSED),
 }
-"""{table: {method: {prompt's letter: the figures of `FIGURES`}}}."""
+"""{table: {method: {prompt's letter: the figures}}}."""
+COSTS = (
+    ("PhotoGuard", "194", "16"),
+    ("Glaze", "118", "4"),
+    ("Mist", "294", "5"),
+    ("Anti-DB", "308", "18"),
+    ("ACE", "175", "6"),
+    ("MetaCloak", "1.1e4", "504"),
+    ("CAAT", "98", "18"),
+    ("SimAC", "1.2e3", "33"),
+    ("GAP-Diff", ".04", "2"),
+)
+"""Methods with the seconds and GB that protecting takes, as they stand there."""
 
 
 def letter(prompt: str, subject: str) -> str | None:

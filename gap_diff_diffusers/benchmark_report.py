@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import statistics
 import sys
 from collections import Counter
@@ -12,13 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from . import benchmark_printed as printed
 from .config import table
+from .metrics.paper import FIGURES, paper_mean, without_backend
 
 RESAMPLES = 2000
 CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification", "transform_weights")
 """What of a cell says what was done to the photos."""
 OF_PERSON = ("own_photos", "person", "photos", "seed")
 """And what figures are averaged over."""
+OF_DRAWING = ("count", "num_inference_steps", "guidance_scale")
+"""And how pictures were drawn with what was learned."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,19 +59,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """All cells in a folder, by name; ValueError if there is none, or a file that is something else."""
-    records = []
+    """All cells in a folder, by name.
+
+    Raises:
+        ValueError: there is none, a file is something else, or they are of several versions of the package, or of one
+            that wrote other cells.
+    """
+    records, first_of = [], {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            known = {"cell", "figures", "seconds"} <= set(record)
-        except (ValueError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file")
+            version = record["versions"]["gap_diff_diffusers"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+        if not {"cell", "figures", "seconds", "peak_memory_gb"} <= set(record):
+            raise ValueError(
+                f"{path}: expected a cell as version {__version__} writes it, got one of {version}; report it with "
+                "that version, or run the benchmark anew into another folder"
+            )
+        first_of.setdefault(version, path.name)
         records.append(record)
     if not records:
         raise ValueError(f"{folder}: expected a folder with cells of gap-diff benchmark run, found none")
+    if len(first_of) > 1:
+        found = " and ".join(f"{version} ({name})" for version, name in first_of.items())
+        raise ValueError(
+            f"{folder}: expected cells of one version, which alone compare, got {found}; put those of each into a "
+            "folder of their own"
+        )
     return records
 
 
@@ -74,7 +95,7 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
     tables = []
     for title, conditions in groups_of(records):
         cells = [record for of_condition in conditions.values() for record in of_condition]
-        figures = list(cells[0]["figures"])
+        figures = _figures(cells)
         people = sorted({record["cell"]["person"] for record in cells})
         rows = []
         for condition, of_condition in conditions.items():
@@ -94,7 +115,12 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
 def named(figures: Iterable[str], *names: str) -> list[str]:
     """Those of the figures that have these names, in their order, whichever backend measured them."""
     figures = list(figures)
-    return [figure for name in names for figure in figures if figure.partition(" (")[0] == name]
+    return [figure for name in names for figure in figures if without_backend(figure) == name]
+
+
+def _figures(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all figures that the cells have."""
+    return list(dict.fromkeys(name for record in records for name in record["figures"]))
 
 
 def groups_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
@@ -110,20 +136,13 @@ def groups_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, li
         raise ValueError(f"expected one set of photos a person, got several of {people}; delete the old cells")
     records = sorted(records, key=lambda record: _title(record["cell"]))
     groups = _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON))
-    titles = [_title(cells[0]["cell"]) for cells in groups.values()]
-    result = []
-    for (setting, cells), title in zip(groups.items(), titles):
-        if titles.count(title) > 1:
-            title += f", settings {hashlib.sha256(setting.encode()).hexdigest()[:6]}"
-        result.append((title, _label(_grouped(cells, _condition))))
-    return result
+    titles = _told_apart({key: _title(cells[0]["cell"]) for key, cells in groups.items()}, "{}, settings {}")
+    return [(title, _label(_grouped(groups[key], _condition))) for key, title in titles.items()]
 
 
 def papers_tables(records: Sequence[dict[str, Any]]) -> str:
-    """For each model and attacker the shape of the paper's tables, a row a method, with its printed rows; "" if no
-    prompt is one of the paper's."""
-    from . import benchmark_printed as printed
-
+    """For each model and attacker the shape of the paper's tables, a row a method, with its printed rows, and what
+    protecting took; "" if no prompt is one of the paper's."""
     letters_of = {}
     for record in records:
         cell = record["cell"]
@@ -132,32 +151,70 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
     records = [record for record in records if id(record) in letters_of]
     records = sorted(records, key=lambda record: _title(record["cell"]))
     tables = []
-    for cells in _grouped(records, _attack).values():
+    for cells in _grouped(records, _drawing).values():
         letters = sorted({letters_of[id(record)] for record in cells})
+        ours = {figure: _nearest(cells, figure) for figure in FIGURES}
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
             row = [f"ours: {condition}"]
             for name in letters:
                 of_prompt = [r for r in of_condition if letters_of[id(r)] == name]
-                row += [_as_printed(of_prompt, figure) for figure in printed.FIGURES]
+                row += [_as_printed(of_prompt, ours[figure]) for figure in FIGURES]
             rows.append(row)
         for name, methods in printed.TABLES.items():
             for method, figures in methods.items():
                 values = [
-                    f"{value:.0f}%" if figure == "FDFR" else f"{value:.2f}"
+                    f"{value:.2f}%" if figure == "FDFR" else f"{value:.2f}"
                     for prompt in letters
-                    for figure, value in zip(printed.FIGURES, figures[prompt])
+                    for figure, value in zip(FIGURES, figures[prompt])
                 ]
                 rows.append([f"printed, {name}: {method}", *values])
         cell = cells[0]["cell"]
         title = (
-            f"{cell['method']} ({cell['preset']}) on {cell['model']}, beside what the paper prints of DreamBooth of "
-            "Stable Diffusion 2.1 with other detectors and embeddings, its SER-FIQ stretched: not the levels, "
-            "only the order of rows can be compared"
+            f"{_attackers_name(cell)} on {cell['model']}{_measured_by(cells, ours.values())}: mean over "
+            "people (95 % interval, bootstrap over people), beside what the paper prints of DreamBooth of Stable "
+            "Diffusion 2.1 with other detectors and embeddings: not the levels, only the order of rows can be "
+            "compared. Its SER-FIQ is stretched by constants that suit ArcFace, so ours stands there without and with"
         )
-        header = [f"{prompt}: {figure}" for prompt in letters for figure in printed.FIGURES]
+        header = [f"{prompt}: {figure}" for prompt in letters for figure in FIGURES]
         tables.append(table(title, ["method", *header], rows))
+    if protections := _protections(records):
+        rows = [[f"ours: {name}", f"{_seconds(cells, 'protection'):.1f} s", ""] for name, cells in protections.items()]
+        rows += [[f"printed: {name}", f"{seconds} s", f"{memory} GB"] for name, seconds, memory in printed.COSTS]
+        title = (
+            "Protecting: ours, the median for all photos that a person publishes, beside what the paper prints, of a "
+            "photo or of a person, which it does not say; its GAP-Diff without the training"
+        )
+        tables.append(table(title, ["method", "time", "memory"], rows))
     return "\n".join(tables)
+
+
+def _nearest(records: Sequence[Mapping[str, Any]], figure: str) -> str | None:
+    """What the cells call a figure of the paper's: by ArcFace, as the paper's, if that was asked, or else by dlib."""
+    return min(named(_figures(records), figure), key=lambda name: ("(ArcFace)" not in name, name), default=None)
+
+
+def _measured_by(records: Sequence[Mapping[str, Any]], figures: Iterable[str | None]) -> str:
+    """Which backends measured them, in brackets."""
+    backends = {name: figure.get("backend") for record in records for name, figure in record["figures"].items()}
+    known = [f"{without_backend(name)} by {backends[name]}" for name in figures if name and backends[name]]
+    return f" ({'; '.join(known)})" if known else ""
+
+
+def _as_printed(records: Sequence[dict[str, Any]], figure: str | None) -> str:
+    """The mean over people, and its interval, with the paper's accounting; "" if it was not measured."""
+    pictures: dict[str, list[float | None]] = {}
+    for record in _measured(records, figure):
+        pictures.setdefault(record["cell"]["person"], []).extend(record["figures"][figure]["values"])
+    means = {person: paper_mean(figure, values) for person, values in pictures.items()}
+    means = {person: mean for person, mean in means.items() if mean is not None}
+    if not means:
+        return ""
+    text = _summary(list(means.values()), len(pictures), percent=_is_percent(records, figure))
+    if without_backend(figure) != "SER-FIQ":
+        return text
+    all_pictures = f"{figure}, all"
+    return f"{_show(records, all_pictures)}, stretched {text}" if all_pictures in _figures(records) else text
 
 
 def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -166,20 +223,23 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
     for model, cells in _grouped(records, lambda record: json.dumps(record["cell"]["model"])).items():
         if len(_grouped(cells, _attack)) < 2:
             continue
-        figures = named(cells[0]["figures"], "recognised", "ISM")
+        figures = named(_figures(cells), "recognised", "ISM")
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
             by_attack = _grouped(of_condition, _attack)
+            people = {record["cell"]["person"] for record in of_condition}
             row = [condition, str(len(by_attack))]
             for figure in figures:
                 most: dict[str, float] = {}
                 for of_attack in by_attack.values():
                     for person, value in person_means(of_attack, figure).items():
                         most[person] = max(value, most.get(person, value))
-                style = ".0%" if figure.startswith("recognised") else ".2f"
-                row.append(f"{sum(most.values()) / len(most):{style}}" if most else "none")
+                row.append(_summary(list(most.values()), len(people), percent=_is_percent(cells, figure)))
             rows.append(row)
-        title = f"The worst of the attackers on {json.loads(model)} for each person: mean over people"
+        title = (
+            f"The worst of the attackers on {json.loads(model)} for each person: mean over people (95 % interval, "
+            "bootstrap over people)"
+        )
         tables.append(table(title, ["photos", "attackers", *figures], rows))
     return tables
 
@@ -190,63 +250,78 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
     looks = [("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")]
     if any("lpips" in (record.get("cost") or {}) for record in records):
         looks.append(("lpips", "{:.3f}"))
-    protections = _grouped(records, lambda record: (record["cell"]["protection"], record["cell"]["levels"]))
-    for (protection, levels), cells in sorted(protections.items()):
-        if protection != "none":
-            took = statistics.median(record["seconds"].get("protection", 0) for record in cells)
-            costs = [record["cost"] for record in cells if record.get("cost")]
-            shown = []
-            for name, form in looks:
-                values = [cost[name] for cost in costs if name in cost]
-                few = f" ({len(values)} of {len(costs)} cells)" if 0 < len(values) < len(costs) else ""
-                shown.append(form.format(statistics.mean(values)) + few if values else "")
-            rows.append([f"protecting a person's photos: {protection}, {levels} levels", f"{took:.1f} s", "", *shown])
-    attacks = sorted(_grouped(records, _attack).values(), key=lambda cells: _title(cells[0]["cell"]))
-    for cells in attacks:
-        method, preset = (cells[0]["cell"][name] for name in ("method", "preset"))
-        training, drawing = (
-            statistics.median(record["seconds"].get(part, 0) for record in cells) for part in ("training", "drawing")
-        )
-        memory = [record["peak_memory_gb"] for record in cells if record["peak_memory_gb"] is not None]
+    for name, cells in _protections(records).items():
+        costs = [record["cost"] for record in cells if record.get("cost")]
+        shown = []
+        for look, form in looks:
+            values = [cost[look] for cost in costs if look in cost]
+            shown.append(form.format(statistics.mean(values)) + _share(values, costs) if values else "")
+        time = f"{_seconds(cells, 'protection'):.1f} s"
+        rows.append([f"protecting a person's photos: {name}", time, "", "", *shown])
+    attacks = _grouped(sorted(records, key=lambda record: _title(record["cell"])), _drawing)
+    names = {key: f"attacking: {_attackers_name(cells[0]['cell'])}" for key, cells in attacks.items()}
+    for key, name in _told_apart(names).items():
+        cells = attacks[key]
+        pictures = [record for record in cells if record["seconds"].get("class_images", 0) > 0.05]
         rows.append(
             [
-                f"attacking: {method} ({preset})",
-                f"{training:.0f} s, and {drawing:.0f} s to draw",
-                f"{max(memory):.1f} GB" if memory else "",
+                name,
+                f"{_seconds(cells, 'training'):.0f} s, and {_seconds(cells, 'drawing'):.0f} s to draw",
+                f"{_seconds(pictures, 'class_images'):.0f} s{_share(pictures, cells)}" if pictures else "",
+                _memory(cells),
                 *[""] * len(looks),
             ]
         )
     title = "What it takes: median times and the most memory; and how far protected photos are from clean ones"
-    return table(title, ["", "time", "memory", *(name.upper() for name, _ in looks)], rows)
+    header = ["", "time", "first, pictures of the class", "memory", *(name.upper() for name, _ in looks)]
+    return table(title, header, rows)
+
+
+def _protections(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each protection with its budget and settings, by what it is called."""
+    protected = [record for record in records if record["cell"]["protection"] != "none"]
+    settings = ("protection", "levels", "protection_settings")
+    groups = _grouped(protected, lambda record: json.dumps([record["cell"][name] for name in settings]))
+    return _label(groups, describe_protection)
+
+
+def _seconds(records: Sequence[Mapping[str, Any]], part: str) -> float:
+    return statistics.median(record["seconds"].get(part, 0) for record in records)
+
+
+def _share(some: Sequence, cells: Sequence) -> str:
+    """How many cells these are of, if not of all."""
+    return f" ({len(some)} of {len(cells)} cells)" if len(some) < len(cells) else ""
+
+
+def _memory(records: Sequence[Mapping[str, Any]]) -> str:
+    """The most that was used: on a GPU by the attack, elsewhere by the process since it began."""
+    peaks: dict[str, list[float]] = {}
+    for record in records:
+        if record["peak_memory_gb"] is not None:
+            whose = "" if str(record.get("device")).startswith("cuda") else " of the process"
+            peaks.setdefault(whose, []).append(record["peak_memory_gb"])
+    return ", ".join(f"{max(values):.1f} GB{whose}" for whose, values in sorted(peaks.items()))
 
 
 def _condition(record: Mapping[str, Any]) -> str:
     return json.dumps([record["cell"].get(key) for key in CONDITION])
 
 
+def _drawing(record: Mapping[str, Any]) -> str:
+    """What learned and how it drew, whatever was drawn and measured."""
+    return _without(record["cell"], *CONDITION, *OF_PERSON, "prompt", "metrics")
+
+
 def _attack(record: Mapping[str, Any]) -> str:
-    return _without(record["cell"], *CONDITION, *OF_PERSON, "prompt")
+    """What learned, however it then drew."""
+    return _without(record["cell"], *CONDITION, *OF_PERSON, "prompt", "metrics", *OF_DRAWING)
 
 
 def _subject(cell: Mapping[str, Any]) -> str | None:
     """What the attacker called the person; None if it learned no word."""
     word, prompt = cell["attack"].get("rare_token"), cell["attack"].get("instance_prompt", "")
     return None if word is None else word + prompt.rpartition(word)[2]
-
-
-def _as_printed(records: Sequence[dict[str, Any]], figure: str) -> str:
-    """The mean over people with the paper's accounting: a person without any face has an ISM of 0, a picture without
-    one a SER-FIQ of 0."""
-    figure = {"SER-FIQ": "SER-FIQ, all"}.get(figure, figure)
-    values = list(person_means(records, figure).values())
-    if not records or figure not in records[0]["figures"]:
-        return ""
-    if figure == "ISM":
-        values += [0.0] * (len({record["cell"]["person"] for record in records}) - len(values))
-    if not values:
-        return ""
-    style = ".0%" if records[0]["figures"][figure]["percent"] else ".2f"
-    return f"{sum(values) / len(values):{style}}"
 
 
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -268,12 +343,15 @@ def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 def describe(cell: Mapping[str, Any]) -> str:
     """What was done to the photos, in words."""
-    parts = ["clean"] if cell["protection"] == "none" else [f"{cell['protection']}, {cell['levels']} levels"]
+    after = [describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
+    return ", then ".join([describe_protection(cell), *after])
+
+
+def describe_protection(cell: Mapping[str, Any]) -> str:
+    """Who protected the photos, in words."""
     name = cell["protection_settings"].get("name", "bundled")
-    if name != "bundled":
-        parts[0] += f" ({name})"
-    parts += [describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
-    return ", then ".join(parts)
+    text = "clean" if cell["protection"] == "none" else f"{cell['protection']}, {cell['levels']} levels"
+    return text if name == "bundled" else f"{text} ({name})"
 
 
 def describe_transform(spec: Any) -> str:
@@ -300,23 +378,40 @@ def bootstrap_interval(values: list[float], *, seed: int = 0) -> tuple[float, fl
 def person_means(records: Iterable[Mapping[str, Any]], figure: str) -> dict[str, float]:
     """The figure's mean over the seeds of every person that has it."""
     means: dict[str, list[float]] = {}
-    for record in records:
-        mean = record["figures"].get(figure, {}).get("mean")
-        if mean is not None:
+    for record in _measured(records, figure):
+        if (mean := record["figures"][figure]["mean"]) is not None:
             means.setdefault(record["cell"]["person"], []).append(mean)
     return {person: sum(values) / len(values) for person, values in means.items()}
 
 
-def _show(records: list[dict[str, Any]], figure: str) -> str:
+def _measured(records: Iterable[Mapping[str, Any]], figure: str | None) -> list[Mapping[str, Any]]:
+    """The cells that have the figure; of those of one person, seed and prompt the one with the most pictures."""
+    of_drawing = {}
+    for record in sorted(records, key=lambda record: record["cell"]["count"]):
+        if figure in record["figures"]:
+            of_drawing[tuple(record["cell"][name] for name in ("person", "seed", "prompt"))] = record
+    return list(of_drawing.values())
+
+
+def _is_percent(records: Iterable[Mapping[str, Any]], figure: str) -> bool:
+    return any(record["figures"][figure]["percent"] for record in records if figure in record["figures"])
+
+
+def _show(records: Sequence[Mapping[str, Any]], figure: str) -> str:
+    people = {record["cell"]["person"] for record in records}
     values = list(person_means(records, figure).values())
+    return _summary(values, len(people), percent=_is_percent(records, figure))
+
+
+def _summary(values: list[float], people: int, *, percent: bool) -> str:
+    """The mean over people and its interval, and how many they are if not all."""
     if not values:
         return "none"
-    style = ".0%" if records[0]["figures"][figure]["percent"] else ".2f"
+    style = ".0%" if percent else ".2f"
     text = f"{sum(values) / len(values):{style}}"
     if interval := bootstrap_interval(values):
         text += f" ({interval[0]:{style}} to {interval[1]:{style}})"
-    people = {record["cell"]["person"] for record in records}
-    return text if len(values) == len(people) else f"{text}, {len(values)} of {len(people)} people"
+    return text if len(values) == people else f"{text}, {len(values)} of {people} people"
 
 
 def _of_person(records: list[dict[str, Any]], person: str, figure: str) -> str:
@@ -324,9 +419,14 @@ def _of_person(records: list[dict[str, Any]], person: str, figure: str) -> str:
     return "" if mean is None else f"{mean:.0%}"
 
 
+def _attackers_name(cell: Mapping[str, Any]) -> str:
+    return f"{cell['method']} ({cell['preset']})"
+
+
 def _title(cell: Mapping[str, Any]) -> str:
-    attacker = f"{cell['method']} ({cell['preset']}) on {cell['model']}"
-    return f'{attacker}, {cell["count"]} pictures of "{cell["prompt"]}" a person and seed'
+    return (
+        f'{_attackers_name(cell)} on {cell["model"]}, {cell["count"]} pictures of "{cell["prompt"]}" a person and seed'
+    )
 
 
 def _without(cell: Mapping[str, Any], *names: str) -> str:
@@ -336,15 +436,26 @@ def _without(cell: Mapping[str, Any], *names: str) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _label(conditions: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Conditions by what they are called; those of one name get the beginning of their settings' hash."""
-    names = {key: describe(records[0]["cell"]) for key, records in conditions.items()}
-    called = list(names.values())
-    for key, name in names.items():
-        if called.count(name) > 1:
-            names[key] = f"{name} [{hashlib.sha256(key.encode()).hexdigest()[:6]}]"
-    clean_first = sorted(conditions, key=lambda key: (not names[key].startswith("clean"), names[key]))
-    return {names[key]: conditions[key] for key in clean_first}
+def _label(conditions: dict[str, list[dict[str, Any]]], describe=describe) -> dict[str, list[dict[str, Any]]]:
+    """Conditions by what they are called, clean ones first, and numbers in their order."""
+    names = _told_apart({key: describe(records[0]["cell"]) for key, records in conditions.items()})
+    order = sorted(conditions, key=lambda key: (not names[key].startswith("clean"), _with_numbers(names[key])))
+    return {names[key]: conditions[key] for key in order}
+
+
+def _told_apart(names: dict[str, str], form: str = "{} [{}]") -> dict[str, str]:
+    """Names by settings; those that several have get the beginning of their settings' hash."""
+    called = Counter(names.values())
+    return {
+        key: form.format(name, hashlib.sha256(key.encode()).hexdigest()[:6]) if called[name] > 1 else name
+        for key, name in names.items()
+    }
+
+
+def _with_numbers(name: str) -> list[str | float]:
+    """What to sort a name by, so that 16 comes after 4: words and numbers in turn."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _grouped(records: Iterable[dict[str, Any]], key) -> dict[Any, list[dict[str, Any]]]:

@@ -366,6 +366,27 @@ def _aspl_settings() -> dict[str, Any]:
     return {key: value for key, value in asdict(ASPLConfig()).items() if key not in ("eps", "seed")}
 
 
+def make_cells_attacker(config: BenchmarkConfig, cell: Mapping[str, Any]):
+    """The attacker of a cell, which says what a script is; where that is says the config."""
+    attacker_class, settings = ATTACKERS.load(cell["method"]), dict(cell["attack"])
+    if digest := settings.get("diffusers_examples"):
+        known = [_attack(cell["method"], given) for given in config.attackers if given["method"] == cell["method"]]
+        places = [attack.diffusers_examples for attack in known if attacker_class.script_digest(attack) == digest]
+        settings["diffusers_examples"] = places[0]
+    return attacker_class(cell["preset"], **settings)
+
+
+def warn_of_people(folder: Path, faces) -> None:
+    """Warn if the photos in a folder show no face, or those of several people, as a `FaceRecognizer` sees them."""
+    from .data import read_images
+
+    known = [found[0] for photo in read_images([folder]) if (found := faces.embeddings(photo))]
+    if not known:
+        logger.warning("%s: no face was found", folder)
+    elif (people := faces.count_people(known)) > 1:
+        logger.warning("%s: the faces of %d photos may be of %d people", folder, len(known), people)
+
+
 class _Runner:
     """What all cells share, loaded and checked once."""
 
@@ -373,6 +394,7 @@ class _Runner:
         from .data import read_images
         from .images import psnr, ssim
         from .metrics.fidelity import Lpips
+        from .metrics.identity import Identity
         from .protect import load_pipeline
         from .transforms import build_transform
 
@@ -385,6 +407,7 @@ class _Runner:
             for spec in (condition["publishing"], condition["purification"]):
                 if spec is not None and (key := json.dumps(_portable(spec))) not in self.transforms:
                     self.transforms[key] = build_transform(spec).eval()
+        faces = next((metric.faces for metric in self.metrics if isinstance(metric, Identity)), None)
         self.references = {}
         for name, person in people.items():
             self.references[name] = read_images([person / "set_C"])
@@ -393,6 +416,8 @@ class _Runner:
                     metric(self.references[name][:1], self.references[name])
                 except ValueError as error:
                     raise ValueError(f"{person / 'set_C'}: {error}") from error
+            for part in ("set_B", "set_C") if faces else ():
+                warn_of_people(person / part, faces)
         self.surrogate = load_victim(config.model, arguments.device)
         self.protection = None
         if _has(config, "gap-diff"):
@@ -420,11 +445,11 @@ class _Runner:
 
         cell, person = cells[0], self.people[cells[0]["person"]]
         device = self.surrogate.denoiser.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        attacker = self._make_attacker(cell)
+        attacker = make_cells_attacker(self.config, cell)
         started = time.perf_counter()
         photos, cost, protected = self._prepare(cell, person)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         prepared = time.perf_counter()
         class_images = self._draw_class(attacker.config)
         drawn = time.perf_counter()
@@ -459,19 +484,11 @@ class _Runner:
                 "figures": {result.name: {"mean": result.mean} | asdict(result) for result in results},
                 "cost": cost,
                 "seconds": {name: round(value, 1) for name, value in seconds.items()},
-                "peak_memory_gb": peak_memory_gb(device),
+                "peak_memory_gb": peak_memory_gb(device, of_script="diffusers_examples" in cell["attack"]),
                 "device": str(device),
                 "versions": provenance(),
             }
             write_json(path, record)
-
-    def _make_attacker(self, cell: Mapping[str, Any]):
-        """The cell says what a script is, the config where it is."""
-        settings = dict(cell["attack"])
-        if "diffusers_examples" in settings:
-            given = (a.get("set", {}) for a in self.config.attackers if a["method"] == cell["method"])
-            settings["diffusers_examples"] = next(given).get("diffusers_examples")
-        return ATTACKERS.load(cell["method"])(cell["preset"], **settings)
 
     def _draw_class(self, attack):
         """Pictures of the class, drawn once for all cells with the same settings."""
@@ -521,16 +538,17 @@ class _Runner:
         return photos, cost, protected
 
 
-def peak_memory_gb(device) -> float | None:
+def peak_memory_gb(device, *, of_script: bool = False) -> float | None:
     """The most memory of a GPU that was in use since it was last asked to forget, or else the most that this process
-    has used; None where the system does not say."""
+    has used since it began, or if that was more, with `of_script`, one that it started; None where nobody says."""
     import torch
 
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        return None if of_script else round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     try:
         import resource
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    processes = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * of_script]
+    peak = max(resource.getrusage(which).ru_maxrss for which in processes)
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)

@@ -145,8 +145,13 @@ def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
     Raises:
         ValueError: a folder without photos, or none that can be read.
     """
+    return [image for _, image in read_named_images(paths)]
+
+
+def read_named_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, torch.Tensor]]:
+    """The photos of `read_images`, each with the path that it was read from."""
     given = [p for path in map(Path, paths) for p in (list_photos([path]) if path.is_dir() else [path])]
-    images = _load_each(given, lambda path: to_tensor(Image.fromarray(read_photo(path).pixels)))
+    images = _load_each(given, lambda path: (path, to_tensor(Image.fromarray(read_photo(path).pixels))))
     if not images:
         raise ValueError(f"expected photos that can be read, got none in {', '.join(map(str, paths))}")
     return images

@@ -143,7 +143,35 @@ def test_evaluate_tells_the_person_from_others(person, tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "figures.csv")]) == 0
     rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
     assert [row["generated"] for row in rows] == [str(person)] * 3 + [str(nobody)] * 2
-    assert rows[0]["FDFR"] == "0.0" and rows[4]["distance"] == ""
+    assert rows[0]["picture"] == "0.png" and rows[0]["FDFR"] == "0.0" and rows[4]["distance"] == ""
+
+
+def test_evaluate_names_the_pictures_that_it_read(person, tmp_path, capsys):
+    (person / "1.png").write_bytes(b"no picture")
+    (person / "more").mkdir()
+    (person / "2.png").rename(person / "more" / "2.png")
+    command = ["evaluate", str(person), "--reference", str(person), "--metrics", "brisque", "--output"]
+    assert main([*command, str(tmp_path / "figures.csv")]) == main([*command, str(tmp_path / "figures.json")]) == 0
+    rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
+    assert [row["picture"] for row in rows] == ["0.png", "more/2.png"]
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert row["names"] == ["0.png", "more/2.png"] and row["pictures"] == 2
+
+
+def test_evaluate_counts_as_the_paper_does_if_asked(person, tmp_path, capsys):
+    Image.new("RGB", (64, 64), "gray").save(person / "nothing.png")
+    nobody = tmp_path / "nobody"
+    nobody.mkdir()
+    Image.new("RGB", (64, 64), "gray").save(nobody / "0.png")
+    command = ["evaluate", str(person), str(nobody), "--reference", str(person), "--accounting", "gap-diff"]
+    assert main([*command, "--output", str(tmp_path / "figures.json")]) == 0
+    lines = [line.replace(f"{tmp_path}/", "") for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == "| pictures of | count | BRISQUE | FDFR | ISM | SER-FIQ |"
+    assert any(line.startswith("| person | 4 |") and line.endswith("| 25% | 1.00 | 0.00 |") for line in lines)
+    assert any(line.startswith("| nobody | 1 | none | 100% | 0.00 | 0.00 |") for line in lines)
+    record = json.loads((tmp_path / "figures.json").read_text())
+    means = {result["name"]: result["mean"] for result in record["rows"][1]["results"]}
+    assert record["accounting"] == "gap-diff" and means["ISM"] == 0
 
 
 def test_evaluate_reads_what_attack_drew_and_warns_if_swapped(model, person, tmp_path, caplog):  # noqa: F811

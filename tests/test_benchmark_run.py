@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import hashlib
 import io
 import json
 import os
@@ -22,12 +23,15 @@ from PIL import Image
 from test_benchmark_surrogate import model  # noqa: F401
 from test_metrics import ASTRONAUT
 
-from gap_diff_diffusers import benchmark_printed, benchmark_report, benchmark_run
+from gap_diff_diffusers import __version__, benchmark_printed, benchmark_report, benchmark_run
 from gap_diff_diffusers.benchmark_plots import draw_grids, draw_plots
 from gap_diff_diffusers.benchmark_run import BenchmarkConfig, Inputs, all_cells, all_groups, expand, missing
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.config import BUNDLED_FACE_MODEL
+from gap_diff_diffusers.metrics.paper import FIGURES
 from gap_diff_diffusers.protections import anti_dreambooth
 from gap_diff_diffusers.protections.anti_dreambooth import ASPLConfig
+from gap_diff_diffusers.recognition import DlibFaces
 
 JPEG = {"name": "jpeg", "quality": 70}
 QUICK = {
@@ -311,11 +315,57 @@ def test_a_person_without_a_face_is_named_before_any_attack(command, people, tmp
     assert "second/set_C: expected a face" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
+def test_two_people_in_one_folder_are_warned_of(people, caplog):
+    faces = DlibFaces()
+    benchmark_run.warn_of_people(people / "first" / "set_B", faces)
+    assert not caplog.text
+    other = Image.open(BUNDLED_FACE_MODEL / "figures" / "samples.png").crop((0, 0, 256, 256))
+    other.save(people / "first" / "set_B" / "1.png")
+    benchmark_run.warn_of_people(people / "first" / "set_B", faces)
+    assert "first/set_B: the faces of 2 photos may be of 2 people" in caplog.text
+    Image.new("RGB", (64, 64)).save(people / "second" / "set_B" / "0.png")
+    benchmark_run.warn_of_people(people / "second" / "set_B", faces)
+    assert "second/set_B: no face" in caplog.text
+
+
+def test_each_of_two_checkouts_is_run_under_its_own_digest(tmp_path):
+    attackers = []
+    for name in ("old", "new"):
+        script = tmp_path / name / "dreambooth" / "train_dreambooth.py"
+        script.parent.mkdir(parents=True)
+        script.write_text(f"# {name}")
+        attackers.append({"method": "official:dreambooth", "set": {"diffusers_examples": str(tmp_path / name)}})
+    config = make_config(attackers=attackers)
+    cells = list(all_cells(config, INPUTS))
+    assert str(tmp_path) not in json.dumps(cells)
+    digests = {name: hashlib.sha256(f"# {name}".encode()).hexdigest()[:16] for name in ("old", "new")}
+    for cell in cells:
+        found = benchmark_run.make_cells_attacker(config, cell).find_script().read_text()
+        assert cell["attack"]["diffusers_examples"] == digests[found.removeprefix("# ")]
+    assert {cell["attack"]["diffusers_examples"] for cell in cells} == set(digests.values())
+
+
+def test_the_memory_of_a_script_is_that_of_its_process():
+    device = torch.device("cpu")
+    before = benchmark_run.peak_memory_gb(device)
+    size = int((before + 0.3) * 2**30)
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert benchmark_run.peak_memory_gb(device) < before + 0.3 <= benchmark_run.peak_memory_gb(device, of_script=True)
+
+
 def test_results_of_another_version_are_refused(command, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "a.json").write_text(json.dumps({"versions": {"gap_diff_diffusers": "0.0.1"}}))
     assert main(command) == 2
     assert "got 0.0.1; give a new folder" in capsys.readouterr().err
+    assert main(["benchmark", "report", str(tmp_path / "results")]) == 2
+    assert f"a.json: expected a cell as version {__version__} writes it, got one of 0.0.1" in capsys.readouterr().err
+    for name, version in (("a", "0.0.1"), ("b", "0.0.2")):
+        cell = record(name, 1.0) | {"versions": {"gap_diff_diffusers": version}}
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(cell))
+    assert main(["benchmark", "report", str(tmp_path / "results")]) == 2
+    assert "of one version, which alone compare, got 0.0.1 (a.json) and 0.0.2 (b.json)" in capsys.readouterr().err
+    (tmp_path / "results" / "a.json").write_text("[]")
     assert main(["benchmark", "report", str(tmp_path / "results")]) == 2
     assert "got another file" in capsys.readouterr().err
     assert main(["benchmark", "report", str(tmp_path / "config.json")]) == 2
@@ -345,10 +395,16 @@ def record(person, recognised, *, seed=0, protection="none", fdfr=0.0, **changes
     cell |= {"method": "dreambooth", "preset": "weak", "prompt": "p", "person": person, "seed": seed, "count": 4}
     cell |= changes
     figures = {
-        "recognised": {"mean": recognised, "values": [recognised], "percent": True},
-        "ISM": {"mean": None if fdfr == 1 else 0.5, "values": [None], "percent": False},
+        "recognised": figure([recognised], percent=True),
+        "ISM": figure([None if fdfr == 1 else 0.5]),
     }
     return {"cell": cell, "figures": figures, "seconds": {"training": 100.0}, "peak_memory_gb": 1.5}
+
+
+def figure(values, *, percent=False, backend="tiny"):
+    defined = [value for value in values if value is not None]
+    mean = sum(defined) / len(defined) if defined else None
+    return {"mean": mean, "values": values, "percent": percent, "backend": backend}
 
 
 def test_a_report_has_means_over_people_not_over_cells():
@@ -358,7 +414,7 @@ def test_a_report_has_means_over_people_not_over_cells():
     assert "| clean | 2 | 50% (0% to 100%) | 0.50 (0.50 to 0.50) |" in text
     assert "| gap-diff, 8 levels | 1 | 25% | none |" in text
     assert "| clean | 100% | 0% |" in text and "| gap-diff, 8 levels | 25% |  |" in text
-    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw | 1.5 GB |  |  |" in text
+    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw |  | 1.5 GB of the process |  |  |" in text
     assert "worst" not in text
     rows = list(csv.DictReader(io.StringIO(benchmark_report.to_csv(records))))
     assert len(rows) == 10 and rows[-1]["mean"] == "" and rows[-1]["undefined"] == "1"
@@ -405,10 +461,44 @@ def test_the_interval_holds_the_mean_and_narrows_with_people():
 def test_the_worst_attacker_is_each_persons_own():
     others = [record("a", 0.1), record("a", 0.9, attack={"seed": 0, "max_train_steps": 2})]
     assert "| clean | 2 | 90% | 0.50 |" in benchmark_report.to_markdown(others)
+    assert "for each person: mean over people (95 % interval" in benchmark_report.to_markdown(others)
     records = [record("a", 0.8), record("b", 0.2), record("a", 0.1, method="lora"), record("b", 0.6, method="lora")]
     records += [record("a", 0.3, protection="gap-diff")]
     text = benchmark_report.to_markdown(records)
-    assert "| clean | 2 | 70% | 0.50 |" in text and "| gap-diff, 8 levels | 1 | 30% | 0.50 |" in text
+    assert "| clean | 2 | 70% (60% to 80%) | 0.50 (0.50 to 0.50) |" in text
+    assert "| gap-diff, 8 levels | 1 | 30% | 0.50 |" in text
+
+
+def test_what_was_measured_twice_is_one_attack_and_counts_once():
+    again = [record("a", 0.9, metrics=["identity_sface"]), record("a", 0.5, count=8, num_inference_steps=9)]
+    for each in again[:1]:
+        each["figures"] = {f"{name} (SFace)": figure for name, figure in each["figures"].items()}
+    records = [record("a", 1.0, seed=0), record("a", 0.1, seed=1), *again]
+    assert "worst" not in benchmark_report.to_markdown(records)
+    text = benchmark_report.to_markdown([*records, record("a", 0.0, method="lora")])
+    assert "| photos | attackers | recognised | recognised (SFace) | ISM | ISM (SFace) |" in text
+    assert "| clean | 2 | 30% | 90% | 0.50 | 0.50 |" in text  # of seed 0 the eight pictures count
+
+
+def test_what_it_takes_has_the_pictures_of_the_class_and_a_row_for_each_checkpoint():
+    records = [
+        record("a", 0.1, protection="gap-diff", protection_settings={"weights": str(x % 2)}, seed=x) for x in range(4)
+    ]
+    for each, seconds in zip(records, (0.0, 30.0, 34.0, 0.0)):
+        each["seconds"] |= {"class_images": seconds, "protection": 1.0 + each["cell"]["seed"] % 2}
+        each["device"] = "cuda:0"
+    text = benchmark_report.to_markdown(records)
+    assert "| attacking: dreambooth (weak) | 100 s, and 0 s to draw | 32 s (2 of 4 cells) | 1.5 GB |  |  |" in text
+    rows = [line for line in text.splitlines() if "protecting a person's photos: gap-diff, 8 levels [" in line]
+    assert sorted(line.split(" | ")[1] for line in rows) == ["1.0 s", "2.0 s"]
+
+
+def test_conditions_come_by_their_numbers():
+    records = [record("a", 0.1, protection="gap-diff", levels=levels) for levels in (16, 4, 8)]
+    records += [record("a", 0.1, purification={"name": "random_noise", "std": std}) for std in (0.1, 0.05)]
+    ((_, conditions),) = benchmark_report.groups_of([*records, record("a", 0.1)])
+    noise = [f"clean, then random_noise std {std}" for std in (0.05, 0.1)]
+    assert list(conditions) == ["clean", *noise, *(f"gap-diff, {levels} levels" for levels in (4, 8, 16))]
 
 
 def test_figures_of_other_backends_are_reported_as_well(tmp_path):
@@ -436,23 +526,37 @@ def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
     text = benchmark_report.papers_tables([record("a", 1.0, prompt=prompt, attack=learned) for prompt in prompts])
     header = text.splitlines()[2]
     columns = [part.strip() for part in header.strip("|").split("|")]
-    assert columns[1:5] == [f"A: {figure}" for figure in benchmark_printed.FIGURES]
+    assert columns[1:5] == [f"A: {name}" for name in FIGURES]
     assert "D: FDFR" in header and "B: FDFR" not in header
     assert "| ours: clean |  | 0.50 |  |  |  | 0.50 |  |  |" in text
-    assert "| printed, first table: GAP-Diff | 78% | 0.25 | 42.04 | 0.23 | 73% | 0.08 | 41.69 | 0.08 |" in text
+    assert "| printed, first table: GAP-Diff | 77.56% | 0.25 | 42.04 | 0.23 | 72.78% | 0.08 | 41.69 | 0.08 |" in text
     nobody = [record("b", 0.0, fdfr=1, prompt=prompts[0], attack=learned)]
     both = [record("a", 1.0, prompt=prompts[0], attack=learned), *nobody]
     for each, every in zip(both, (0.9, 0.1)):  # the paper counts pictures, and people, without a face as 0
-        each["figures"] |= {
-            "SER-FIQ": {"mean": 0.8, "percent": False},
-            "SER-FIQ, all": {"mean": every, "percent": False},
-        }
-    assert "| ours: clean |  | 0.25 |  | 0.50 |" in benchmark_report.papers_tables(both)
-    assert "| ours: clean |  | 0.00 |  | 0.10 |" in benchmark_report.papers_tables(nobody)
+        each["figures"] |= {"SER-FIQ": figure([0.88, None]), "SER-FIQ, all": figure([every])}
+    assert (
+        "| ours: clean |  | 0.25 (0.00 to 0.50) |  | 0.50 (0.10 to 0.90), stretched 0.25 (0.25 to 0.25) |"
+        in benchmark_report.papers_tables(both)
+    )
+    assert "| ours: clean |  | 0.00 |  | 0.10, stretched 0.25 |" in benchmark_report.papers_tables(nobody)
     for methods in benchmark_printed.TABLES.values():
         for figures in methods.values():
             assert list(figures) == list("ABCD")
             assert all(len(values) == 4 and values[0] > 1 > values[1] for values in figures.values())
+
+
+def test_the_backend_nearest_to_the_papers_stands_beside_it():
+    learned = {"seed": 0, "rare_token": "sks", "instance_prompt": "a photo of sks person"}
+    one = record("a", 1.0, prompt="a photo of sks person", attack=learned, protection="gap-diff")
+    for suffix, ism in ((" (SFace)", 0.3), ("", 0.5), (" (ArcFace)", 0.4)):
+        one["figures"] |= {f"FDFR{suffix}": figure([1.0, 0.0], percent=True), f"ISM{suffix}": figure([ism, None])}
+        if suffix == " (SFace)":
+            del one["figures"]["ISM"]
+        best = 0.3 if suffix == " (SFace)" else ism
+        assert f"| ours: gap-diff, 8 levels | 50% | {best:.2f} |  |  |" in benchmark_report.papers_tables([one])
+    text = benchmark_report.papers_tables([one])
+    assert "(FDFR by tiny; ISM by tiny): mean over people" in text
+    assert "| ours: gap-diff, 8 levels | 0.0 s |  |" in text and "| printed: GAP-Diff | .04 s | 2 GB |" in text
 
 
 @pytest.mark.parametrize(
@@ -492,8 +596,17 @@ def test_curves_are_drawn_where_there_are_several_points(tmp_path):
     assert kinds([*jpegs, record("a", 0.5, publishing={"name": "jpeg", "quality": [50, 90]})])[-1] == "jpeg"
     assert kinds([record(str(person), 0.1) for person in range(8)]) == ["conditions"]  # all alike, but for rounding
     assert kinds([*jpegs[:1], record("a", 1.0, publishing={"name": "webp", "quality": 50})]) == ["conditions"]
+    published = [record("a", 0.5, publishing={"name": "publish", "preset": f"jpeg{quality}"}) for quality in (50, 90)]
+    assert kinds([jpegs[0], published[1], record("a", 0.5)]) == ["conditions", "jpeg"]
+    assert "stroke-dasharray" in (tmp_path / "jpeg-1.svg").read_text()  # no JPEG
+    assert kinds([jpegs[0], published[0]]) == ["conditions"]
+    assert kinds([*jpegs, record("a", 0.5, publishing={"name": "publish", "preset": "facebook"})])[-1] == "jpeg"
     budgets = [record("a", 0.5, protection="gap-diff", levels=levels, fdfr=1) for levels in (4, 8, 16)]
+    assert kinds([budgets[0], record("a", 1.0)]) == ["conditions"]  # one budget is no curve
+    assert kinds([*budgets, record("a", 1.0)]) == ["budget", "conditions"]
+    with_clean = (tmp_path / "budget-1.svg").read_bytes()
     assert kinds(budgets) == ["budget", "conditions"]
+    assert (tmp_path / "budget-1.svg").read_bytes() != with_clean
     first = (tmp_path / "budget-1.svg").read_bytes()
     kinds(budgets)
     assert (tmp_path / "budget-1.svg").read_bytes() == first

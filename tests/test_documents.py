@@ -53,6 +53,17 @@ def test_the_attacks_in_the_documents_are_those_of_the_cells():
         assert text in document.read_text(), f"{document.name}: make the report of {CELLS.name} again"
 
 
+def test_the_times_in_the_readme_are_those_of_the_cells():
+    taken = [cell["seconds"] for cell in benchmark_report.load_cells(CELLS)]
+    plain = [seconds["training"] + seconds["drawing"] for seconds in taken]
+    whole = [sum(seconds[part] for part in ("class_images", "training", "drawing")) for seconds in taken]
+    first = [total for total, seconds in zip(whole, taken, strict=True) if seconds["class_images"] > 0.05]
+    readme = (ROOT / "README.md").read_text()
+    assert len(first) == 5
+    for seconds in (plain, first):
+        assert f"{min(seconds):.0f} to {max(seconds):.0f} s" in readme
+
+
 @pytest.mark.parametrize(
     ("name", "module"), [("attackers", benchmark_attackers), ("identities", benchmark_identities)]
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from gap_diff_diffusers.faces import find_faces
 from gap_diff_diffusers.images import PhotoError
 from gap_diff_diffusers.metrics.fidelity import Lpips
 from gap_diff_diffusers.metrics.identity import DlibIdentity, Identity
+from gap_diff_diffusers.metrics.paper import paper_mean
 from gap_diff_diffusers.recognition import DlibFaces, InsightFaces, OpenCVFaces
 
 ASTRONAUT = Path(gap_diff_diffusers.__file__).parent / "examples" / "astronaut.png"
@@ -69,6 +71,23 @@ def test_every_way_of_counting_what_is_undefined(face):
     assert results["recognised"].values == [1, 0]
     assert results["ISM"].values[1] is None and results["ISM"].mean == pytest.approx(1, abs=1e-6)
     assert results["ISM, all"].mean == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "mean"),
+    [
+        ("FDFR (SFace)", [0.0, 1.0], 0.5),
+        ("ISM", [0.8, None], 0.8),
+        ("ISM (ArcFace)", [None, None], 0.0),
+        ("SER-FIQ", [0.88, None], 0.25),
+        ("SER-FIQ", [0.9, 0.9], 1 / (1 + math.exp(-2.6))),
+        ("BRISQUE", [10.0, None, 20.0], 15.0),
+        ("BRISQUE", [None], None),
+        ("ISM", [], None),
+    ],
+)
+def test_the_papers_accounting_is_there_by_name(name, values, mean):
+    assert paper_mean(name, values) == pytest.approx(mean)
 
 
 def test_people_are_groups_of_faces_that_are_alike(faces):

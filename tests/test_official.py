@@ -20,6 +20,7 @@ from gap_diff_diffusers import StableDiffusionXLSurrogate, download
 from gap_diff_diffusers.attackers import ATTACKERS, official
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig
+from gap_diff_diffusers.protect import load_pipeline
 
 OFFICIAL = sorted(name for name in ATTACKERS if name.startswith("official:"))
 SETTINGS = {"resolution": 64, "max_train_steps": 2, "num_class_images": 2, "train_batch_size": 1}
@@ -81,6 +82,21 @@ def test_presets_and_a_missing_script(name, tmp_path):
     with pytest.raises(ValueError, match="gap-diff fetch-attackers"):
         attacker(diffusers_examples=str(tmp_path)).find_script()
     assert {attacker.script for attacker in map(ATTACKERS.load, OFFICIAL)} == set(official.RELEASES["v0.40.0"])
+
+
+def test_a_script_that_was_fetched_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "HF_HOME", str(tmp_path / "cache"))
+    attacker = ATTACKERS.load("official:dreambooth")()
+    with pytest.raises(ValueError, match="gap-diff fetch-attackers"):
+        attacker.find_script()
+    source = tmp_path / "source" / "v0.40.0" / "examples" / attacker.script
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"print()")
+    digest = hashlib.sha256(b"print()").hexdigest()
+    monkeypatch.setattr(official, "RELEASES", {"v0.40.0": {attacker.script: digest}})
+    folder = official.fetch_scripts(url=f"file://{tmp_path}/source/{{tag}}/examples/{{script}}")
+    assert attacker.find_script() == (folder / "examples" / attacker.script).resolve()
+    assert attacker.script_digest(attacker.config) == digest[:16]
 
 
 def test_scripts_are_fetched_once_and_checked(tmp_path, monkeypatch, capsys):
@@ -145,7 +161,7 @@ def test_dreambooth_loses_what_the_script_loses(surrogate, images, examples, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path, examples):
+def test_the_unmodified_script_runs_end_to_end_on_protected_photos(name, surrogate, images, tmp_path, examples):
     settings = SETTINGS | {"learning_rate": 0.05}
     if name == "official:custom-diffusion":
         settings["extra_arguments"] = ("--noaug",)  # it shrinks 64 px until no mask is left
@@ -155,7 +171,9 @@ def test_the_unmodified_script_runs_end_to_end(name, surrogate, images, tmp_path
     if name == "official:lora-sdxl":
         surrogate = StableDiffusionXLSurrogate(sdxl(), name="tiny")
     before = copy.deepcopy(surrogate)
-    pipeline = attacker(surrogate, images, class_images=images[:2], progress=False)
+    protected = load_pipeline(device="cpu")(images, 8 / 255, output_type="pt").images
+    assert not torch.equal(protected, images)
+    pipeline = attacker(surrogate, protected, class_images=images[:2], progress=False)
     assert draw(pipeline, attacker.config.instance_prompt).isfinite().all()
     assert changed(pipeline.unet, weights(before.denoiser)) if "inversion" not in name else True
     if name in ("official:custom-diffusion", "official:textual-inversion"):

@@ -161,13 +161,15 @@ class OfficialAttacker(Attacker):
     def find_script(self) -> Path:
         """The script; ValueError that says where it was looked for."""
         given = self.config.diffusers_examples
-        for folder in [Path(given)] if given else [cache_folder(tag) for tag in sorted(RELEASES, key=Version)[::-1]]:
+        fetched = [scripts_folder(tag) for tag in sorted(RELEASES, key=Version, reverse=True)]
+        places = [Path(given)] if given else fetched
+        for folder in places:
             for path in (folder / "examples" / self.script, folder / self.script):
                 if path.is_file():
                     return path.resolve()
         raise ValueError(
-            f"expected {self.script} in {given or cache_folder(max(RELEASES, key=Version))}, found none; run gap-diff "
-            "fetch-attackers, or set diffusers_examples to a checkout of diffusers"
+            f"expected {self.script} in {places[0]}, found none; run gap-diff fetch-attackers, or set "
+            "diffusers_examples to a checkout of diffusers"
         )
 
     def flags(self, workspace: Path, config: OfficialConfig) -> list[str]:

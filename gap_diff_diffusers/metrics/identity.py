@@ -22,7 +22,7 @@ class Identity(Metric):
     FDFR and ISM are those of GAP-Diff's evaluation (section V), with the backend's detector and embedding: ISM is
     the cosine of a picture's embedding and the mean of the reference's. A picture without a face counts for FDFR, is
     not recognised, and has no ISM; "ISM, all" counts it as 0. The paper's own ISM is the mean over pictures with a
-    face, and 0 for a person without any: `benchmark report` counts so where it prints the paper's figures beside ours.
+    face, and 0 for a person without any: `paper.paper_mean`.
 
     Args:
         faces: the backend.

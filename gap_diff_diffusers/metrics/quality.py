@@ -59,7 +59,7 @@ class SerFiq(Metric):
     """SER-FIQ (CVPR 2020, arXiv 2003.09373): how sure a network with dropout is of whose face it sees, 0 to 1.
 
     With d the mean distance between the normalized embeddings of 100 passes: 2 sigmoid(-d), as GAP-Diff's evaluation
-    has it before it stretches the range of ArcFace's by constants of its own. The network is our `FaceEmbedder`, its
+    has it before it stretches the range of ArcFace's (`paper.stretch_quality`). The network is our `FaceEmbedder`, its
     faces are found and aligned by dlib: the figures are not comparable with those of ArcFace. A picture without a face
     has none; "SER-FIQ, all" counts it as 0, as the paper's does, and so counts FDFR once more.
     """
