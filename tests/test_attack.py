@@ -12,6 +12,7 @@ from test_attackers import IN_PROCESS
 from test_benchmark_surrogate import model  # noqa: F401
 from test_metrics import ASTRONAUT
 
+from gap_diff_diffusers.attack import memory_errors
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.metrics import METRICS, OFFLINE
 from gap_diff_diffusers.metrics.base import Metric, MetricResult
@@ -92,6 +93,15 @@ def test_attack_offers_every_method(model, person, tmp_path, method):  # noqa: F
     command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--method", method]
     assert main([*command, "--count", "1", "--set", *QUICK, "--save-model"]) == 0
     assert (tmp_path / "out" / "attack.json").is_file() and any((tmp_path / "out" / "model").iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CPU: can't allocate memory\nsomewhere")])
+def test_running_out_of_memory_says_what_to_lower(error):
+    message = r"out of memory \((no more of it|CPU: can't allocate memory)\); lower it with"
+    with pytest.raises(OSError, match=message), memory_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors():
+        raise RuntimeError("shapes do not fit")
 
 
 def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: F811

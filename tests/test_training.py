@@ -146,7 +146,7 @@ def test_several_scales_cost_no_more_psnr_than_promised():
         generator.network.conv_out.weight.mul_(400)  # nearly all at the budget's ends
         assert generator.perturb_at_sizes(images, [(64, 64)]).square().mean() > 0.8
         power = generator.perturb_at_sizes(images, [(32, 32), (64, 64)]).square().mean(dim=(1, 2, 3))
-    assert (power <= generator.most_power + 1e-3).all() and (power > 0.5).all()
+    assert (power <= 1.02 * generator.most_power).all() and (power > 0.5).all()
 
 
 def test_training_reduces_the_loss_and_leaves_the_encoder_alone(photos, encoder, tmp_path):

@@ -124,6 +124,15 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images.contiguous(), size=tuple(size), mode="bicubic", antialias=True)
 
 
+def _gain(images: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """The factor (N,1,1,1), at most 1, after which images (N,C,H,W), clipped to [-1,1], have that mean square."""
+    gain = torch.ones_like(power)
+    for _ in range(8):
+        clipped = (images * gain).clamp(-1, 1).square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+        gain = (gain * (power / clipped).sqrt()).clamp(max=1)
+    return gain.detach()
+
+
 def pad_by_mirroring(images: torch.Tensor, before: tuple[int, int], margin: int, multiple: int) -> torch.Tensor:
     """Mirror (N,C,H,W) at its edges: `before` rows and columns at the top and left, as much at the bottom and right as
     make two margins of it, and up to a multiple; any size from 1 px."""
@@ -316,12 +325,11 @@ class GAPDiffGenerator(ModelMixin, ConfigMixin):
             part = resize(self(seen), images.shape[-2:])
             total = total + part
             powers.append(part.square().mean(dim=(1, 2, 3), keepdim=True))
-        total = total.clamp(-1, 1)
         if len(sizes) > 1:
-            power = total.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+            # Scaled before it is clipped: what reaches the budget's end stays there, as rounding to levels wants it.
             target = torch.stack(powers).amax(dim=0).clamp(max=self.most_power)
-            total = total * (target / power).sqrt().clamp(max=1)
-        return total
+            total = total * _gain(total.detach()[:, :, ::3, ::3], target)
+        return total.clamp(-1, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the perturbation, before the budget scales it.
