@@ -15,6 +15,7 @@ from gap_diff_diffusers import (
     benchmark_speed,
     benchmark_surrogate,
     benchmark_throughput,
+    benchmark_training,
 )
 from gap_diff_diffusers.attackers import ATTACKERS
 
@@ -39,6 +40,7 @@ def record(name):
         ("speed", benchmark_speed, ("README.md",)),
         ("surrogate", benchmark_surrogate, ("README.md",)),
         ("throughput", benchmark_throughput, ("README.md",)),
+        ("training", benchmark_training, ("README.md",)),
     ],
 )
 def test_tables_are_what_the_records_say(name, module, documents):
@@ -105,6 +107,7 @@ def test_the_records_meet_their_bars():
 
     surrogate = record("surrogate")
     assert surrogate["psnr"] >= 29 and surrogate["pgd_displacement"] >= 0.5 and surrogate["one_face"] >= 0.9
+    assert record("training")["ratios"]["this package"] >= 2
     speed = {(row["kind"], row["network"], *row["size"]): row for row in record("speed")["rows"]}
     default, paper = (speed["network", network, 512, 512]["seconds"] for network in ("default", "paper"))
     assert paper / default >= 10
