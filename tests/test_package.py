@@ -24,7 +24,8 @@ LAYERS = (
     ("recognition", "finetuning"),  # 2
     ("protections", "attackers", "metrics", "training"),  # 3
     ("pipelines",),  # 4
-    ("attack", "convert", "evaluate", "fetch", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines
+    ("convert", "evaluate", "fetch", "hub", "protect", "report"),  # 4b: subcommands, which use the pipelines
+    ("attack",),  # 4b too: protects first, evaluates afterwards
     ("benchmark",),  # 4c: measures them
     ("cli",),  # 5
     ("__main__",),
