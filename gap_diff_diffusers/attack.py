@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save_model:
         attacker.check_saving()
     transform = _read_transforms(arguments.transforms)
+    class_photos = _read_class_photos(arguments.class_images, output)
     photos = read_images(arguments.photos)
     if arguments.reference:
         read_images(arguments.reference)  # before the work, not after it
@@ -120,8 +121,11 @@ def run(arguments: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name, memory_errors():
         folder = Path(name) / output.name
-        class_images = _class_images(arguments, surrogate, config)
-        rows, seconds = {}, {}
+        class_images = None if class_photos is None else cut_squares(class_photos, config.resolution)
+        draws = getattr(config, "prior_loss_weight", 0) and (arguments.class_images or arguments.protect)
+        if class_images is None and draws:  # or else the attacker draws its own
+            class_images = _draw_class(surrogate, config, arguments.class_images)
+        rows, seconds = [], {}
         for condition, given in conditions.items():
             if surrogate is None:  # the one before has learned the clean photos
                 surrogate = load_victim(
@@ -134,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             started = time.perf_counter()
             pipeline = attacker(surrogate, squares, class_images=class_images)
             trained = time.perf_counter()
-            rows[" ".join(filter(None, (condition, "photos")))] = squares
+            rows.append((f"{condition} photos".strip(), squares))
             for index, prompt in enumerate(prompts):
                 pictures = attacker.draw(
                     pipeline,
@@ -146,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
                     seed=config.seed,
                 )
                 _save_pictures(pictures, folder / condition / PICTURES, f"{index}-", config.seed)
-                rows[f"{condition}: {prompt}" if condition else prompt] = pictures[:16]
+                rows.append((f"{condition}: {prompt}".removeprefix(": "), pictures[:16]))
             finished = time.perf_counter()
             seconds[condition] = {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)}
             if arguments.save_model:
@@ -205,19 +209,33 @@ def _protect(photos: list) -> list:
     return [to_tensor(image) for image in pipeline(photos).images]
 
 
-def _class_images(arguments: argparse.Namespace, surrogate, config):
-    """Pictures of the class (M,3,side,side) in [0,1]; None if the method needs none, or shall draw its own."""
-    from .data import list_photos, read_images
+def _read_class_photos(folder: str | None, output: Path) -> list | None:
+    """The pictures of the class (3,H,W) in [0,1] that a folder holds; None if it is empty, or not there yet."""
+    from .data import read_images
+
+    if folder is None:
+        return None
+    path = Path(folder).resolve()
+    if path.is_relative_to(output):
+        raise ValueError(f"--class-images {folder}: expected a folder outside of the output {output}")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--class-images {folder}: expected a folder of pictures, got something else")
+    return read_images([path]) if path.is_dir() and any(path.iterdir()) else None
+
+
+def _draw_class(surrogate, config, folder: str | None):
+    """Pictures of the class (M,3,side,side) in [0,1], in 8 bits, that the model draws; a folder keeps all or none."""
     from .finetuning import draw_class_images
 
-    folder = arguments.class_images
-    if not getattr(config, "prior_loss_weight", 0) or not (folder or arguments.protect):
-        return None
-    if folder is not None and Path(folder).is_dir() and list_photos([folder]):
-        return cut_squares(read_images([folder]), config.resolution)
-    pictures = draw_class_images(surrogate, config)
+    pictures = (draw_class_images(surrogate, config).clamp(0, 1) * 255).round() / 255
     if folder is not None:
-        _save_pictures(pictures, Path(folder), "class-", 0)
+        path = Path(folder).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
+            _save_pictures(pictures, Path(name, path.name), "class-", 0)
+            if path.is_dir():
+                path.rmdir()  # it is empty
+            Path(name, path.name).rename(path)
     return pictures
 
 

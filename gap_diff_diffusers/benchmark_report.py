@@ -174,8 +174,12 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
             f"{_attackers_name(cell)} on {cell['model']}{_measured_by(cells, ours.values())}: mean over "
             "people (95 % interval, bootstrap over people), beside what the paper prints of DreamBooth of Stable "
             "Diffusion 2.1 with other detectors and embeddings: not the levels, only the order of rows can be "
-            "compared. Its SER-FIQ is stretched by constants that suit ArcFace, so ours stands there without and with"
+            "compared."
         )
+        if ours["SER-FIQ"]:
+            title += (
+                " Its SER-FIQ is stretched by constants that suit ArcFace, so ours stands there without and with it."
+            )
         header = [f"{prompt}: {figure}" for prompt in letters for figure in FIGURES]
         tables.append(table(title, ["method", *header], rows))
     if protections := _protections(records):
@@ -226,13 +230,13 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
         figures = named(_figures(cells), "recognised", "ISM")
         rows = []
         for condition, of_condition in _label(_grouped(cells, _condition)).items():
-            by_attack = _grouped(of_condition, _attack)
+            by_drawing = _grouped(of_condition, _drawing)
             people = {record["cell"]["person"] for record in of_condition}
-            row = [condition, str(len(by_attack))]
+            row = [condition, str(len(_grouped(of_condition, _attack)))]
             for figure in figures:
                 most: dict[str, float] = {}
-                for of_attack in by_attack.values():
-                    for person, value in person_means(of_attack, figure).items():
+                for of_drawing in by_drawing.values():
+                    for person, value in person_means(of_drawing, figure).items():
                         most[person] = max(value, most.get(person, value))
                 row.append(_summary(list(most.values()), len(people), percent=_is_percent(cells, figure)))
             rows.append(row)

@@ -372,6 +372,8 @@ def make_cells_attacker(config: BenchmarkConfig, cell: Mapping[str, Any]):
     if digest := settings.get("diffusers_examples"):
         known = [_attack(cell["method"], given) for given in config.attackers if given["method"] == cell["method"]]
         places = [attack.diffusers_examples for attack in known if attacker_class.script_digest(attack) == digest]
+        if not places:
+            raise ValueError(f"{cell['method']}: the script changed since this run began; start it again")
         settings["diffusers_examples"] = places[0]
     return attacker_class(cell["preset"], **settings)
 

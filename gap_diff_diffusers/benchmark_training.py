@@ -61,7 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         )
         trainer = GAPDiffTrainer(common)
         same = replace(
-            common, architecture="paper", channels=(64,), layers_per_block=(), gan_weight=0.001, transform="paper"
+            common,
+            architecture="paper",
+            channels=(64,),
+            layers_per_block=(),
+            gan_weight=0.001,
+            discriminator_input="preprocessed",
+            coherence_weight=0.0,
+            rms_weight=0.0,
+            transform="paper",
         )
         same_trainer = GAPDiffTrainer(replace(same, output_dir=str(Path(folder, "same"))))
         surrogate = load_surrogate(model).to(trainer.device)

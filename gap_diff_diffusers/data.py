@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -272,11 +272,11 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -
     to_pil(grid).save(path)
 
 
-def save_sheet(rows: Mapping[str, torch.Tensor], path: str | os.PathLike, columns: int = 8) -> None:
-    """Save rows of images (N,3,H,W) in [0,1], all of one size, as one picture, each under its caption."""
-    columns = min(columns, max(map(len, rows.values())))
+def save_sheet(rows: Sequence[tuple[str, torch.Tensor]], path: str | os.PathLike, columns: int = 8) -> None:
+    """Save captions and their images (N,3,H,W) in [0,1], all of one size, as one picture."""
+    columns = min(columns, max(len(images) for _, images in rows))
     parts = []
-    for caption, images in rows.items():
+    for caption, images in rows:
         white = torch.ones(-len(images) % columns, *images.shape[1:])
         lines = torch.cat([images, white]).split(columns)
         grid = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1)

@@ -107,6 +107,9 @@ def _warn_of_swapping(generated: list[str], reference: list[str]) -> None:
 
 def _pictures(folder: Path) -> Path:
     """Where the pictures are in a folder that `gap-diff attack` wrote: other pictures are there, too."""
+    if (folder / ATTACK_RECORD).is_file() and not (folder / PICTURES).is_dir():
+        parts = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{PICTURES}")))
+        raise ValueError(f"{folder}: expected pictures of one attack, got those of a comparison; name {parts}")
     return folder / PICTURES if (folder / PICTURES).is_dir() else folder
 
 

@@ -42,7 +42,7 @@ SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}  # 
 # By how many levels, in the mean, a finished output may differ from its input; another picture differs by more. The
 # bundled network's differs by at least this share of the budget, a copy that was only compressed mostly by less.
 DONE_AT_MOST = 24
-DONE_AT_LEAST = 0.25
+DONE_AT_LEAST = 0.2
 PIXELS_IN_FLIGHT = 75_000_000  # three photos of 24 megapixels; one photo may have more
 LIMITS = (
     "Protected photos are made to mislead the image encoders of generative models. That is no guarantee: who knows "

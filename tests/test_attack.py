@@ -59,6 +59,7 @@ def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, cap
     out, drawn = tmp_path / "out", tmp_path / "class"
     command = ["attack", str(person), "--model", model, "--count", "2", "--set", *QUICK, "learning_rate=0.01"]
     command += ["--class-images", str(drawn)]
+    drawn.mkdir()
     assert main([*command, "-o", str(out), "--protect", "--save-model"]) == 0
     rows = json.loads((out / "figures.json").read_text())["rows"]
     assert [row["generated"].rsplit("/")[-1] for row in rows] == ["clean", "protected"]
@@ -69,11 +70,12 @@ def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, cap
     assert (clean != protected).any()
     assert StableDiffusionPipeline.from_pretrained(out / "protected" / "model")
     assert Image.open(out / "contact_sheet.png").size == (3 * 64, 4 * (64 + 20))
-    # The clean half is what the attack alone does, with the class pictures that were kept.
-    assert len(list(drawn.iterdir())) == 2
+    assert len(list(drawn.iterdir())) == 2  # for the next time:
     assert main([*command, "-o", str(tmp_path / "alone")]) == 0
     alone = np.asarray(Image.open(tmp_path / "alone" / "pictures" / "0-0001.png")).astype(int)
-    assert np.abs(alone - clean).mean() < np.abs(clean - protected).mean()
+    assert (alone == clean).all()  # the clean half is what the attack alone does
+    assert main(["evaluate", str(out), "--reference", str(person)]) == 2
+    assert f"name {out / 'clean'}, {out / 'protected'}" in capsys.readouterr().err
 
 
 def test_attack_learns_what_the_transforms_leave(model, person, tmp_path):  # noqa: F811
@@ -121,6 +123,8 @@ def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: 
         ([*base, "--set", "max_train_steps=0"], "max_train_steps of at least 1"),
         ([*base, "--preset", "medium"], "weak, strong"),
         ([*base, "--count", "0"], "--count"),
+        ([*base, "--class-images", str(tmp_path / "out" / "class")], "outside of the output"),
+        ([*base, "--class-images", str(person / "0.png")], "expected a folder of pictures"),
         ([*base, "--method", "sdedit", "--set", "prior_loss_weight=1"], "with one of"),
         ([*base, "--transforms", "sepia"], "expected the name of a transform, got 'sepia'"),
         ([*base, "--transforms", '{"name": '], "expected names or JSON objects"),

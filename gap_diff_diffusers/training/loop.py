@@ -171,7 +171,8 @@ class TrainingLoop(ABC):
         """Train to the end and leave the averaged weights in evaluation mode.
 
         Args:
-            resume: the checkpoint to go on from, "latest" or its name; None to begin.
+            resume: the checkpoint to go on from, "latest" or its name, after which later ones are removed; None to
+                begin.
 
         Returns:
             The last validation's figures.
@@ -185,6 +186,11 @@ class TrainingLoop(ABC):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if resume:
             self.load_checkpoint(find_checkpoint(self.output_dir, resume))
+            later = [folder for folder in checkpoints(self.output_dir) if _step_of(folder) > self.step]
+            self.accelerator.wait_for_everyone()
+            for folder in later if main else []:  # of a way that this run does not go
+                logger.info("removed %s", folder.name)
+                shutil.rmtree(folder)
         elif checkpoints(self.output_dir):
             raise ValueError(
                 f"expected an output folder without checkpoints, got {self.output_dir} of an earlier run; resume "
@@ -238,6 +244,7 @@ class TrainingLoop(ABC):
         for index in range(count):
             self.accumulated = index
             parts.append(self.training_step(generator))
+        self.scaler.update()  # once: what all networks have accumulated is of one scale
         means = {name: sum(part[name] for part in parts) / count for name in parts[0]}
         return means | {name: value for name, value in parts[-1].items() if name == "gradient_norm"}
 
@@ -269,7 +276,6 @@ class TrainingLoop(ABC):
                 f"with a lower learning rate than {rate:.3g}, or without mixed precision"
             )
         self.scaler.step(optimizer)
-        self.scaler.update()
         if not norm.isfinite():
             return norm.item()
         self.schedulers[name].step()
@@ -377,7 +383,11 @@ class TrainingLoop(ABC):
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def find_checkpoint(output_dir: Path, name: str = "latest") -> Path:

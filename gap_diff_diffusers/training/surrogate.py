@@ -509,6 +509,7 @@ def train_surrogate(
             raise ValueError(
                 f"expected an output folder without an autoencoder, got {folder}; resume, or choose another"
             )
+        goes_on = resume not in (None, "latest")
         vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
         vae.register_to_config(_name_or_path="")  # a folder of this machine
         now = _settings(config, *AUTOENCODER_SETTINGS)
@@ -518,8 +519,9 @@ def train_surrogate(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
             )
     else:
-        stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume if checkpoints(stage.output_dir) else None)
+        stage, goes_on = AutoencoderTrainer(config), False
+        named = resume not in (None, "latest")
+        figures = stage.train(resume=resume if named or checkpoints(stage.output_dir) else None)
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
         earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
@@ -536,7 +538,7 @@ def train_surrogate(
             write_json(record_path, first)
         stage.accelerator.wait_for_everyone()
     denoiser = DenoiserTrainer(config, vae)
-    figures = first["figures"] | denoiser.train(resume=resume if checkpoints(denoiser.output_dir) else None)
+    figures = first["figures"] | denoiser.train(resume=resume if goes_on or checkpoints(denoiser.output_dir) else None)
     record = {
         "initial_autoencoder": first["initial_weights"],
         "config": _settings(config),
