@@ -64,10 +64,11 @@ def draw_grids(records: Sequence[Mapping[str, Any]], pictures: Path, folder: Pat
     Raises:
         ValueError: there is no picture of any cell.
     """
-    import numpy as np
-    from PIL import Image, ImageDraw
+    import torch
+    from PIL import Image
 
     from .benchmark_run import cell_path
+    from .data import save_sheet, to_tensor
 
     written = []
     for number, (_, conditions) in enumerate(groups_of(records), start=1):
@@ -82,13 +83,10 @@ def draw_grids(records: Sequence[Mapping[str, Any]], pictures: Path, folder: Pat
                 with Image.open(path) as grid:
                     side = cell["attack"]["resolution"]
                     row = grid.convert("RGB").crop((0, 0, side * min(SHOWN, cell["count"]), side))
-                caption = Image.new("RGB", (row.width, 20), "white")
-                ImageDraw.Draw(caption).text((4, 4), label, fill="black")
-                rows += [np.asarray(caption), np.asarray(row)]
+                rows.append((label, torch.stack(to_tensor(row).split(side, dim=2))))
             if rows:
-                folder.mkdir(parents=True, exist_ok=True)
                 written.append(folder / f"pictures-{number}-{person}.png")
-                Image.fromarray(np.concatenate(rows)).save(written[-1])
+                save_sheet(rows, written[-1], SHOWN)
     if not written:
         raise ValueError(
             f"{pictures}: expected pictures of these cells, found none; benchmark run --pictures saves them"
