@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 from .attackers import ATTACKERS
@@ -107,12 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.reference:
         read_images(arguments.reference)  # before the work, not after it
     config = attacker.config
-    surrogate = load_victim(
+    load = partial(
+        load_victim,
         arguments.model,
         arguments.device,
         revision=arguments.revision,
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
+    surrogate = load()
     if len(photos) < 3:
         logger.warning("%d photos: most attacks on people need at least three or four", len(photos))
     _look_for_people(photos)
@@ -127,13 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
             class_images = _draw_class(surrogate, config, arguments.class_images)
         rows, seconds = [], {}
         for condition, given in conditions.items():
-            if surrogate is None:  # the one before has learned the clean photos
-                surrogate = load_victim(
-                    arguments.model,
-                    arguments.device,
-                    revision=arguments.revision,
-                    gradient_checkpointing=arguments.gradient_checkpointing,
-                )
+            surrogate = surrogate or load()  # the one before has learned the clean photos
             squares = _cut_transformed(given, transform, config.resolution)
             started = time.perf_counter()
             pipeline = attacker(surrogate, squares, class_images=class_images)
@@ -225,9 +222,10 @@ def _read_class_photos(folder: str | None, output: Path) -> list | None:
 
 def _draw_class(surrogate, config, folder: str | None):
     """Pictures of the class (M,3,side,side) in [0,1], in 8 bits, that the model draws; a folder keeps all or none."""
+    from .data import round_to_8_bits
     from .finetuning import draw_class_images
 
-    pictures = (draw_class_images(surrogate, config).clamp(0, 1) * 255).round() / 255
+    pictures = round_to_8_bits(draw_class_images(surrogate, config))
     if folder is not None:
         path = Path(folder).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,15 +247,10 @@ def _save_pictures(pictures, folder: Path, prefix: str, seed: int) -> None:
 
 def _compare(output: Path, conditions: list[str], reference: list[str]) -> None:
     """Look for the person in what was drawn; without what that needs, say what to install."""
-    from . import evaluate
+    from .evaluate import evaluate
 
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    folders = [str(output / condition) for condition in conditions]
     try:
-        evaluate.run(
-            parser.parse_args([*folders, "--reference", *reference, "--output", str(output / "figures.json")])
-        )
+        evaluate([str(output / condition) for condition in conditions], reference, output=output / "figures.json")
     except ImportError as error:
         logger.warning("the pictures are there, their figures are not: %s", error)
 

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare the checkpoint with random signs and with PGD, on held-out faces of 512x512 at 8 levels."""
     import torch
 
-    from .data import list_photos, load_faces, split_held_out
+    from .data import list_photos, load_faces, round_to_8_bits, split_held_out
 
     encoders, pipeline = load(arguments)
     train, held_out = split_held_out(list_photos(arguments.photos))
@@ -57,19 +57,19 @@ def run(arguments: argparse.Namespace) -> int:
     others = load_faces(spread(train, 100), SIZE)
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
-    moved = {"random signs": _to_8_bits(images + LEVELS / 255 * signs)}
+    moved = {"random signs": round_to_8_bits(images + LEVELS / 255 * signs)}
     for encoder in encoders:
         moved[f"PGD against {encoder.name}"] = pgd(encoder, images, bf16=arguments.mixed_precision == "bf16")
     moved["this checkpoint"] = pipeline(images, LEVELS / 255, output_type="pt").images
     perturbations = pipeline(others, LEVELS / 255, output_type="pt").perturbation
     mean = perturbations.mean(dim=0)
     common_power = (mean.square().mean() / perturbations.square().mean()).item()
-    moved["this checkpoint, less the mean of 100 others"] = _to_8_bits(moved["this checkpoint"] - mean)
+    moved["this checkpoint, less the mean of 100 others"] = round_to_8_bits(moved["this checkpoint"] - mean)
     aligned = align(perturbations, pipeline.generator, others)
     aligned_mean = aligned.mean(dim=0)
     aligned_power = (aligned_mean.square().mean() / aligned.square().mean()).item()
     at_grids = align(aligned_mean.expand_as(images), pipeline.generator, images, back=True)
-    moved["the same, aligned by each photo's grid"] = _to_8_bits(moved["this checkpoint"] - at_grids)
+    moved["the same, aligned by each photo's grid"] = round_to_8_bits(moved["this checkpoint"] - at_grids)
 
     names = [encoder.name for encoder in encoders]
     rows = {
@@ -150,6 +150,7 @@ def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255, bf16: b
     import torch
     from tqdm import tqdm
 
+    from .data import round_to_8_bits
     from .surrogates.encoder import encoder_displacement
 
     eps = LEVELS / 255
@@ -166,7 +167,7 @@ def pgd(encoder, images, *, steps: int = 60, step_size: float = 1 / 255, bf16: b
                 moved = encoder.encode_images((image + delta).clamp(0, 1))
             (gradient,) = torch.autograd.grad(encoder_displacement(clean, moved).sum(), delta)
             delta = (delta.detach() + step_size * gradient.sign()).clamp(-eps, eps)
-        results.append(_to_8_bits(image + delta))
+        results.append(round_to_8_bits(image + delta))
     return torch.cat(results)
 
 
@@ -193,10 +194,6 @@ def spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _to_8_bits(images):
-    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def mean_psnr(clean, moved) -> float:

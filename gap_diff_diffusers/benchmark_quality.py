@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the share of pairs in which the disturbed face has the lower SER-FIQ, for each disturbance."""
     import torch
 
-    from .data import read_images
+    from .data import read_images, round_to_8_bits
     from .metrics.quality import SerFiq
     from .models.face_embedder import FACE_SIZE
     from .transforms import GaussianBlur
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     disturbed = {
         f"blurred, sigma {sigma} px": GaussianBlur(sigma, kernel_size=25).eval()(faces) for sigma in (2.0, 4.0)
     }
-    disturbed |= {f"darkened to {share:.0%}": (faces * share * 255).round() / 255 for share in (0.25, 0.1)}
+    disturbed |= {f"darkened to {share:.0%}": round_to_8_bits(faces * share) for share in (0.25, 0.1)}
     disturbed |= {"eyes covered": cover(0, 0.25, 1, 0.55), "mouth covered": cover(0.2, 0.6, 0.8, 1)}
     disturbed |= {"left half covered": cover(0, 0, 0.5, 1)}
     scores = metric.score(faces)

@@ -382,7 +382,7 @@ def warn_of_people(folder: Path, faces) -> None:
     """Warn if the photos in a folder show no face, or those of several people, as a `FaceRecognizer` sees them."""
     from .data import read_images
 
-    known = [found[0] for photo in read_images([folder]) if (found := faces.embeddings(photo))]
+    known = faces.largest_faces(read_images([folder]))
     if not known:
         logger.warning("%s: no face was found", folder)
     elif (people := faces.count_people(known)) > 1:

@@ -263,6 +263,11 @@ def load_faces(photos: Sequence[Source], size: int) -> torch.Tensor:
     return torch.stack(faces)
 
 
+def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0,1] with the values that an 8-bit file can hold, those beyond clipped."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
 def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -> None:
     """Save images (N,3,H,W) in [0,1] as one picture, row by row; its folder is made."""
     rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from .config import ATTACK_RECORD, PICTURES, table
@@ -43,33 +44,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    evaluate(
+        arguments.generated,
+        arguments.reference,
+        metrics=arguments.metrics,
+        accounting=arguments.accounting,
+        output=Path(arguments.output) if arguments.output else None,
+    )
+    return 0
+
+
+def evaluate(
+    generated: Sequence[str],
+    reference: Sequence[str],
+    *,
+    metrics: Sequence[str] = OFFLINE,
+    accounting: str = ACCOUNTINGS[0],
+    output: Path | None = None,
+) -> None:
     """Print a table of means, a row for each folder; write every picture's figures if asked for."""
     import sys
 
     from .data import read_images, read_named_images
 
-    output = Path(arguments.output) if arguments.output else None
     if output and (output.suffix not in OUTPUTS or not output.resolve().parent.is_dir()):
         raise ValueError(f"expected --output as FILE.json or FILE.csv in a folder that exists, got {output}")
-    for folder in arguments.generated:
+    for folder in generated:
         if not Path(folder).is_dir():
             raise ValueError(f"expected folders of generated pictures, got {folder}")
-    _warn_of_swapping(arguments.generated, arguments.reference)
-    metrics = [METRICS.load(name)() for name in arguments.metrics]
-    reference = read_images(arguments.reference)
+    _warn_of_swapping(generated, reference)
+    measures = [METRICS.load(name)() for name in metrics]
+    photos = read_images(reference)
     rows = []
-    for folder in arguments.generated:
+    for folder in generated:
         place = _pictures(Path(folder))
         paths, images = zip(*read_named_images([place]))
-        results = [result for metric in metrics for result in metric(images, reference)]
-        if arguments.accounting == "gap-diff":
+        results = [result for measure in measures for result in measure(images, photos)]
+        if accounting == "gap-diff":
             results = [result for result in results if without_backend(result.name) in FIGURES]
         names = [path.relative_to(place).as_posix() for path in paths]
         rows.append({"generated": folder, "pictures": len(images), "names": names, "results": results})
-    sys.stdout.write(to_markdown(rows, arguments.accounting))
+    sys.stdout.write(to_markdown(rows, accounting))
     if output:
-        _write(output, rows, len(reference), arguments.accounting)
-    return 0
+        _write(output, rows, len(photos), accounting)
 
 
 def to_markdown(rows: list[dict], accounting: str = "honest") -> str:
@@ -99,7 +116,7 @@ def _show(result, accounting: str) -> str:
     return f"{mean:.0%}" if result.percent else f"{mean:.2f}"
 
 
-def _warn_of_swapping(generated: list[str], reference: list[str]) -> None:
+def _warn_of_swapping(generated: Sequence[str], reference: Sequence[str]) -> None:
     made = [Path(path) for path in reference if Path(path).is_dir() and _has_record(Path(path))]
     if made and not any(_has_record(Path(path)) for path in generated):
         logger.warning("%s was written by gap-diff attack, yet stands as the reference: swapped?", made[0])
@@ -107,10 +124,12 @@ def _warn_of_swapping(generated: list[str], reference: list[str]) -> None:
 
 def _pictures(folder: Path) -> Path:
     """Where the pictures are in a folder that `gap-diff attack` wrote: other pictures are there, too."""
-    if (folder / ATTACK_RECORD).is_file() and not (folder / PICTURES).is_dir():
+    if (folder / PICTURES).is_dir():
+        return folder / PICTURES
+    if (folder / ATTACK_RECORD).is_file():
         parts = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{PICTURES}")))
         raise ValueError(f"{folder}: expected pictures of one attack, got those of a comparison; name {parts}")
-    return folder / PICTURES if (folder / PICTURES).is_dir() else folder
+    return folder
 
 
 def _has_record(folder: Path) -> bool:

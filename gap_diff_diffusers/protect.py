@@ -89,7 +89,10 @@ class PhotoFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a command line asks for: its files in order, and what its folders hold besides."""
+    """What a command line asks for: its files in order, and how much of its folders is left out.
+
+    That is files which are no photos, subfolders that are not asked for, and links to folders, which nothing follows.
+    """
 
     files: list[PhotoFile]
     ignored_files: int = 0
@@ -179,9 +182,6 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         report=arguments.report,
     )
-    for file in work.files:
-        if file.status == "skipped":
-            _check_done(file, arguments)
     settings = Settings(
         budget=arguments.budget,
         strength=arguments.strength,
@@ -192,6 +192,11 @@ def run(arguments: argparse.Namespace) -> int:
         detect_faces=arguments.detect_faces,
         measure_ssim=arguments.report is not None,
     )
+    bundled = arguments.checkpoint is None
+    if skipped := [file for file in work.files if file.status == "skipped"]:
+        levels = settings.budget or _checkpoint_levels(arguments.checkpoint)
+        for file in skipped:
+            _check_done(file, settings, levels, bundled)
     loaded = {}
 
     def load():
@@ -267,17 +272,16 @@ def plan(
         ValueError: an output that is, or lies in, an input; that cannot be written; or a file for several photos.
     """
     found: list[tuple[PhotoFile, Path | None]] = []  # with the path within the output folder; None: nothing to protect
-    folders, ignored_files, unsearched_folders, linked_folders = [], 0, 0, 0
+    folders, left_out = [], Counter()
     for path in paths:
         if os.path.isdir(path):
             folders.append(path)
-            names, failures, ignored, unsearched, linked = _photos_in(path, recursive)
-            ignored_files += ignored
-            unsearched_folders += unsearched
-            linked_folders += linked
+            names, failures, beside = _photos_in(path, recursive)
+            left_out += beside
             found += [(failure, None) for failure in failures]
             found += [(PhotoFile(input=str(Path(path, name))), name) for name in names]
             if not names and not failures:
+                unsearched = beside["unsearched_folders"]
                 remedy = f"; --recursive searches its {_count(unsearched, 'subfolder')}" if unsearched else ""
                 empty = PhotoFile(input=path)
                 empty.fail(f"no photo in this folder, expected files such as .jpg, .png or .webp{remedy}")
@@ -311,20 +315,12 @@ def plan(
                 file.status = "skipped"
     if report is not None:
         _check_report(report, originals, targets)
-    return Plan(
-        files=[file for file, _ in found],
-        ignored_files=ignored_files,
-        unsearched_folders=unsearched_folders,
-        linked_folders=linked_folders,
-    )
+    return Plan(files=[file for file, _ in found], **left_out)
 
 
-def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], int, int, int]:
-    """A folder's photos (paths within it), what of it cannot be read, and how much is left out.
-
-    That is files which are no photos, subfolders, and links to folders, which no search follows.
-    """
-    names, failures, ignored, unsearched, linked = [], [], 0, 0, 0
+def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile], Counter[str]]:
+    """A folder's photos (paths within it), what of it cannot be read, and how much is left out, by `Plan`'s names."""
+    names, failures, left_out = [], [], Counter()
 
     def fail(path: str, reason: str) -> None:
         failures.append(PhotoFile(input=path))
@@ -337,16 +333,16 @@ def _photos_in(folder: str, recursive: bool) -> tuple[list[Path], list[PhotoFile
         visible = sorted(name for name in folders if not name.startswith("."))
         folders[:] = visible if recursive else []
         links = [name for name in visible if os.path.islink(os.path.join(root, name))]
-        linked += len(links)
-        unsearched += 0 if recursive else len(visible) - len(links)
+        left_out["linked_folders"] += len(links)
+        left_out["unsearched_folders"] += 0 if recursive else len(visible) - len(links)
         for name in sorted(files):
             if name.startswith(".") or Path(name).suffix.lower() not in PHOTO_SUFFIXES:
-                ignored += 1
+                left_out["ignored_files"] += 1
             elif os.path.exists(path := os.path.join(root, name)) and not os.path.isfile(path):
                 fail(path, "expected a photo, got something else")
             else:
                 names.append(Path(root, name).relative_to(folder))
-    return names, failures, ignored, unsearched, linked
+    return names, failures, left_out
 
 
 def _output_names(names: list[Path], suffix: str) -> list[Path]:
@@ -437,7 +433,7 @@ def _check_is_not_original(target: Path, originals: dict[tuple[int, int], str]) 
             )
 
 
-def _check_done(file: PhotoFile, arguments: argparse.Namespace) -> None:
+def _check_done(file: PhotoFile, settings: Settings, levels: int | None, bundled: bool) -> None:
     """Fail a photo that would be skipped, if what lies at its output does not look like a protected version of it.
 
     A protected photo has its size, and differs a little, within the budget if it is lossless. Whoever posts an
@@ -450,15 +446,14 @@ def _check_done(file: PhotoFile, arguments: argparse.Namespace) -> None:
         return
     same_size = existing.shape == original.shape
     change = np.abs(existing.astype(np.int16) - original).mean() if same_size else math.inf
-    levels = arguments.budget or _checkpoint_levels(arguments.checkpoint)
     if change > max(DONE_AT_MOST, levels or 0):
         what = "is another picture"
-    elif change == 0 or (arguments.checkpoint is None and change < DONE_AT_LEAST * levels * arguments.strength):
-        what = "is an unprotected copy of it" if change == 0 else "differs less from it than a protected photo does"
-    elif (
-        levels and arguments.quality is None and _lossless(file.output) and largest_change(existing, original) > levels
-    ):
-        what = f"differs from it by up to {largest_change(existing, original)} levels, and {levels} are asked for"
+    elif change == 0:
+        what = "is an unprotected copy of it"
+    elif bundled and change < DONE_AT_LEAST * (levels or 0) * settings.strength:
+        what = "differs less from it than a protected photo does"
+    elif levels and settings.quality is None and (largest := largest_change(existing, original)) > levels:
+        what = f"differs from it by up to {largest} levels, and {levels} are asked for"
     else:
         return
     file.fail(f"{file.output} exists and {what}; move it away, or write it again with --overwrite")
@@ -471,10 +466,6 @@ def _checkpoint_levels(checkpoint: str | None) -> int | None:
         return budget_levels(json.loads((folder / "model_index.json").read_bytes())["noise_budget"])
     except (OSError, ValueError, TypeError, LookupError):
         return None
-
-
-def _lossless(path: str) -> bool:
-    return Path(path).suffix.lower() in (*SUFFIXES["png"], *SUFFIXES["webp"])
 
 
 def _check_report(report: str, originals: dict[tuple[int, int], str], targets: list[Path]) -> None:

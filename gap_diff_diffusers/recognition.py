@@ -48,12 +48,16 @@ class FaceRecognizer(ABC):
         """How unlike two faces are, as the backend measures it: unless it says otherwise, 1 less their cosine."""
         return 1 - cosine(first, second)
 
+    def largest_faces(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """The largest face of each photo (3,H,W) in [0,1] that has one."""
+        return [faces[0] for photo in photos if (faces := self.embeddings(photo))]
+
     def reference(self, photos: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """The largest face of each photo (3,H,W) in [0,1] that has one; ValueError if none has.
 
         It warns if the faces fall into groups that are not alike: these may be several people.
         """
-        known = [faces[0] for photo in photos if (faces := self.embeddings(photo))]
+        known = self.largest_faces(photos)
         if not known:
             raise ValueError(f"expected a face in the reference, found none in {len(photos)} photos")
         if (people := self.count_people(known)) > 1:

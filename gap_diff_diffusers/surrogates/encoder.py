@@ -155,6 +155,16 @@ class EncoderSurrogate(Surrogate):
         )
 
 
+def load_encoders(
+    models: Sequence[str], revisions: Sequence[str] = (), *, gradient_checkpointing: bool = False
+) -> list[EncoderSurrogate]:
+    """The encoders of these names, each at its revision; without any, at the newest."""
+    return [
+        EncoderSurrogate.from_pretrained(model, revision=revision, gradient_checkpointing=gradient_checkpointing)
+        for model, revision in zip(models, revisions or (None,) * len(models), strict=True)
+    ]
+
+
 def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """How far latents moved, in units of the clean latents' variance.
 

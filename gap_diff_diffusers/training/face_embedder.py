@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..config import portable_settings, provenance
-from ..data import PhotosConfig, Source, face_square, split_record, to_tensor
+from ..data import PhotosConfig, Source, face_square, round_to_8_bits, split_record, to_tensor
 from ..images import PhotoError
 from ..models.face_embedder import FACE_SIZE, FaceEmbedder
 from ..recognition import DlibFaces
@@ -95,7 +95,7 @@ def disturb(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return F.interpolate(small, (size, size), mode="bilinear", align_corners=False)[0].clamp(0, 1)
     if kind < 0.4:  # with the noise and the rounding that a dark photo has
         dark = image * (0.03 + 0.37 * draws[0]) + 0.01 * torch.randn(image.shape, generator=generator)
-        return (dark.clamp(0, 1) * 255).round() / 255
+        return round_to_8_bits(dark)
     if kind < 0.85:
         area, share = 0.08 + 0.3 * draws[0], 0.3 + 0.7 * draws[1]
         width, height = round(size * share), round(size * min(area / share, 1))

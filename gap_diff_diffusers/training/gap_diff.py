@@ -22,12 +22,12 @@ from torch import nn
 
 from ..budget import budget_levels
 from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable
+from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable, round_to_8_bits
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
 from ..surrogates.base import DiffusionSurrogate, make_names_unique
-from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
+from ..surrogates.encoder import EncoderSurrogate, encoder_displacement, load_encoders
 from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
 from .loop import LoopConfig, TrainingLoop
@@ -253,11 +253,9 @@ class GAPDiffTrainer(TrainingLoop):
         # Autoencoders of Stable Diffusion overflow in float16.
         self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
-            EncoderSurrogate.from_pretrained(
-                encoder, revision=revision, gradient_checkpointing=config.gradient_checkpointing
-            ).to(self.device, self.encoder_dtype)
-            for encoder, revision in zip(
-                config.encoders, config.encoder_revisions or (None,) * len(config.encoders), strict=True
+            encoder.to(self.device, self.encoder_dtype)
+            for encoder in load_encoders(
+                config.encoders, config.encoder_revisions, gradient_checkpointing=config.gradient_checkpointing
             )
         ]
         make_names_unique([*self.surrogates, *self.encoders])
@@ -379,7 +377,7 @@ class GAPDiffTrainer(TrainingLoop):
         """
         images = self.validation_faces
         perturbation = torch.cat([self.generator(image[None]) for image in images])
-        protected = ((images + perturbation * self.config.eps).clamp(0, 1) * 255).round() / 255
+        protected = round_to_8_bits(images + perturbation * self.config.eps)
         self.show(torch.stack([images, protected, (0.5 + 8 * (protected - images))], dim=1).flatten(0, 1), columns=3)
         publish = RealJPEG(70).eval()
         published_clean, published = publish(images), publish(protected)

@@ -40,7 +40,7 @@ from ..config import (
 from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, pick, readable, split_held_out, split_record
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
-from ..surrogates.encoder import EncoderSurrogate, encoder_displacement
+from ..surrogates.encoder import EncoderSurrogate, encoder_displacement, load_encoders
 from .loop import LoopConfig, TrainingLoop, checkpoints
 
 logger = logging.getLogger(__name__)
@@ -228,11 +228,7 @@ class AutoencoderTrainer(TrainingLoop):
             )
             if config.vae_init_from:
                 self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.vae_init_from).state_dict())
-            revisions = config.feature_encoder_revisions or (None,) * len(config.feature_encoders)
-            encoders = [
-                EncoderSurrogate.from_pretrained(encoder, revision=revision)
-                for encoder, revision in zip(config.feature_encoders, revisions, strict=True)
-            ]
+            encoders = load_encoders(config.feature_encoders, config.feature_encoder_revisions)
             heads = nn.ModuleList()
             for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
                 _, width, side, _ = encoder.encode_images(torch.zeros(1, 3, 64, 64)).shape
@@ -502,6 +498,7 @@ def train_surrogate(
     Returns:
         The second stage with its pipeline, and the training record.
     """
+    named = resume not in (None, "latest")
     folder = Path(config.output_dir) / "autoencoder" / "vae"
     record_path = folder / "training_record.json"  # written last: it says that the folder is whole
     if record_path.is_file():
@@ -509,7 +506,6 @@ def train_surrogate(
             raise ValueError(
                 f"expected an output folder without an autoencoder, got {folder}; resume, or choose another"
             )
-        goes_on = resume not in (None, "latest")
         vae, first = AutoencoderKL.from_pretrained(folder), json.loads(record_path.read_text(encoding="utf-8"))
         vae.register_to_config(_name_or_path="")  # a folder of this machine
         now = _settings(config, *AUTOENCODER_SETTINGS)
@@ -519,9 +515,9 @@ def train_surrogate(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
             )
     else:
-        stage, goes_on = AutoencoderTrainer(config), False
-        named = resume not in (None, "latest")
+        stage = AutoencoderTrainer(config)
         figures = stage.train(resume=resume if named or checkpoints(stage.output_dir) else None)
+        named = False  # that was a checkpoint of this stage
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
         earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
@@ -538,7 +534,7 @@ def train_surrogate(
             write_json(record_path, first)
         stage.accelerator.wait_for_everyone()
     denoiser = DenoiserTrainer(config, vae)
-    figures = first["figures"] | denoiser.train(resume=resume if goes_on or checkpoints(denoiser.output_dir) else None)
+    figures = first["figures"] | denoiser.train(resume=resume if named or checkpoints(denoiser.output_dir) else None)
     record = {
         "initial_autoencoder": first["initial_weights"],
         "config": _settings(config),
