@@ -131,6 +131,14 @@ def portable_name(value: str | None) -> str | None:
     return Path(value).resolve().name
 
 
+def initial_weights(path: str | None) -> dict[str, Any] | str:
+    """What a record says of the weights that a training began with: their own record, or their name, or "random"."""
+    earlier = Path(path, "training_record.json") if path else None
+    if earlier and earlier.is_file():
+        return json.loads(earlier.read_text(encoding="utf-8"))
+    return portable_name(path) or "random"
+
+
 def portable_settings(config: Any, *paths: str) -> dict[str, Any]:
     """The config of a training as its record states it: as JSON has it, and without folders of this machine.
 

@@ -400,6 +400,21 @@ def test_an_autoencoder_can_start_from_another(photos, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_a_denoiser_can_start_from_another(photos, tmp_path):
+    vae = AutoencoderTrainer(make_config(photos, tmp_path)).vae
+    first = DenoiserTrainer(make_config(photos, tmp_path, seed=1), vae)
+    first.pipeline.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    again = DenoiserTrainer(make_config(photos, tmp_path / "run", init_from=model), vae)
+    for name in ("unet", "text_encoder"):
+        for ours, theirs in zip(getattr(again, name).parameters(), getattr(first, name).parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="same shape"):
+        DenoiserTrainer(make_config(photos, tmp_path / "wider", init_from=model, unet_channels=(8, 24)), vae)
+    with pytest.raises(ValueError, match="which has none"):
+        DenoiserTrainer(make_config(photos, tmp_path / "absent", init_from=str(tmp_path / "no_model")), vae)
+
+
 def test_the_denoiser_learns_both_predictions(photos, tmp_path):
     for prediction_type in ("epsilon", "v_prediction"):
         config = make_config(photos, tmp_path, prediction_type=prediction_type, learning_rate=5e-3)

@@ -11,17 +11,15 @@ And what the paper names and the released code lacks: timesteps can be weighted,
 protected photos while the generator learns.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..budget import budget_levels
-from ..config import check_at_least, check_at_least_one, check_choices, portable_settings, provenance
+from ..config import check_at_least, check_at_least_one, check_choices, initial_weights, portable_settings, provenance
 from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable, round_to_8_bits
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
@@ -404,11 +402,8 @@ class GAPDiffTrainer(TrainingLoop):
             key: architecture[key]
             for key in ("architecture", "channels", "layers_per_block", "downscale", "keyed_grid")
         }
-        earlier = Path(self.config.init_from, "training_record.json") if self.config.init_from else None
         return {
-            "initial_weights": json.loads(earlier.read_text())
-            if earlier and earlier.is_file()
-            else config["init_from"] or "random",
+            "initial_weights": initial_weights(self.config.init_from),
             "config": config,
             "photos": self.crops.split_record(len(self.held_out), self.unreadable),
             "encoders": [encoder.name for encoder in self.encoders],

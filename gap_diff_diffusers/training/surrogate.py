@@ -32,7 +32,7 @@ from ..config import (
     check_at_least,
     check_at_least_one,
     check_choices,
-    portable_name,
+    initial_weights,
     portable_settings,
     provenance,
     write_json,
@@ -142,6 +142,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
             needs "v_prediction".
         snr_gamma: losses are weighted by min(SNR, this) / SNR, or / (SNR + 1) for "v_prediction" (Min-SNR, arXiv
             2303.09556); 0 for equal weights.
+        init_from: folder of a model of the same shape and words to start the denoiser and its text encoder from (its
+            autoencoder is the matter of `vae_init_from`), or None for random weights.
         num_validation_images: held-out faces to validate the autoencoder on, and samples to draw.
     """
 
@@ -181,6 +183,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
     snr_gamma: float = 5.0
+    init_from: str | None = None
     train_batch_size: int = 24
     learning_rate: float = 8e-4
     num_validation_images: int = 8
@@ -227,7 +230,7 @@ class AutoencoderTrainer(TrainingLoop):
                 sample_size=config.resolution,
             )
             if config.vae_init_from:
-                self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.vae_init_from).state_dict())
+                _load_weights(self.vae, Path(config.vae_init_from))
             encoders = load_encoders(config.feature_encoders, config.feature_encoder_revisions)
             heads = nn.ModuleList()
             for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
@@ -361,6 +364,9 @@ class DenoiserTrainer(TrainingLoop):
                 norm_num_groups=_group_count(config.unet_channels),
             )
         network = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+        if config.init_from:
+            for name, module in network.items():
+                _load_weights(module, Path(config.init_from, name))
         super().__init__(config, {"denoiser": network})
         self.device = self.accelerator.device
         self.vae.to(self.device)
@@ -520,11 +526,8 @@ def train_surrogate(
         named = False  # that was a checkpoint of this stage
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
-        earlier = Path(config.vae_init_from, "training_record.json") if config.vae_init_from else None
         first = {
-            "initial_weights": json.loads(earlier.read_text(encoding="utf-8"))
-            if earlier and earlier.is_file()
-            else portable_name(config.vae_init_from) or "random",
+            "initial_weights": initial_weights(config.vae_init_from),
             "config": _settings(config, *AUTOENCODER_SETTINGS),
             "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
             "figures": figures,
@@ -537,6 +540,7 @@ def train_surrogate(
     figures = first["figures"] | denoiser.train(resume=resume if named or checkpoints(denoiser.output_dir) else None)
     record = {
         "initial_autoencoder": first["initial_weights"],
+        "initial_denoiser": initial_weights(config.init_from),
         "config": _settings(config),
         "photos": split_record(len(denoiser.latents) // 2, len(denoiser.held_out) // 2, denoiser.left_out),
         "parameters": {
@@ -549,9 +553,19 @@ def train_surrogate(
     return denoiser, record
 
 
+def _load_weights(module: nn.Module, folder: Path) -> None:
+    """Start this network from the one in a folder; ValueError if none is there, or one of another shape."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"expected a folder with a trained {type(module).__name__}, got {folder}, which has none")
+    try:
+        module.load_state_dict(type(module).from_pretrained(folder).state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"expected {folder} of the same shape as the settings say: {error}") from error
+
+
 def _settings(config: SurrogateTrainingConfig, *keys: str) -> dict[str, Any]:
     """The config, or these keys of it, as a record states it: without folders of this machine."""
-    settings = portable_settings(config, "feature_encoders", "vae_init_from")
+    settings = portable_settings(config, "feature_encoders", "vae_init_from", "init_from")
     return {key: settings[key] for key in keys or settings}
 
 
