@@ -111,17 +111,25 @@ def check_at_least_one(config: object, *names: str) -> None:
 
 
 def check_types(config: object) -> None:
-    """ValueError if a number, a word or a flag among the settings is something else; whole numbers are floats, too."""
+    """ValueError if a number, a word or a flag among the settings is something else, or not a list where one belongs.
+
+    Whole numbers are floats, too.
+    """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         known = tuple(kind for kind in typing.get_args(hint) or (hint,) if kind in (str, int, float, bool, type(None)))
-        if not known or typing.get_origin(hint) is tuple:
+        if not known:
             continue
-        fits = type(value) in known or (type(value) is int and float in known)
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        many = typing.get_origin(hint) is tuple
+        values = value if many and isinstance(value, tuple | list) else [value]
+        fit = all(type(v) in known or (type(v) is int and float in known) for v in values)
+        finite = all(math.isfinite(v) for v in values if isinstance(v, float))
+        if not fit or not finite or (many and values is not value):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in known)
-            raise ValueError(f"expected {field.name} of type {expected}, got {value!r}")
+            raise ValueError(
+                f"expected {field.name} {'as a list of' if many else 'of type'} {expected}, got {value!r}"
+            )
 
 
 def portable_name(value: str | None) -> str | None:

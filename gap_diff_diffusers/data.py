@@ -73,11 +73,11 @@ class PhotosConfig:
         return photos[: self.max_train_samples], captions[: self.max_train_samples]
 
     def split_photos(self) -> tuple[list[Source], list[Source]]:
-        """The photos to train on, and those held out; ValueError if one of both would be empty."""
+        """The photos to train on, and those held out, as `split_usable` has it; ValueError if one would be empty."""
         photos, _ = self.load_photos()
         if len(photos) < 2:
             raise ValueError(f"expected at least 2 photos, one of which is held out, got {len(photos)}")
-        return split_held_out(photos)
+        return split_usable(photos, is_readable)
 
     def _load_folders(self) -> tuple[list[Source], list[str | None]]:
         photos = list_photos(self.train_data_dir)
@@ -157,6 +157,15 @@ def read_named_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, to
     return images
 
 
+def is_readable(source: Source, face_scale: float | None = None) -> bool:
+    """Whether a photo has a `face_square`."""
+    try:
+        face_square(source, face_scale)
+    except PhotoError:
+        return False
+    return True
+
+
 def readable(photos: Sequence[Source]) -> list[Source]:
     """Those of the photos that can be read; ValueError if none can."""
 
@@ -187,6 +196,15 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     So the order of the folders matters: whoever measures on held-out photos names them as for training.
     """
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
+
+
+def split_usable(photos: Sequence[T], usable: Callable[[T], bool]) -> tuple[list[T], list[T]]:
+    """`split_held_out`; but if none of those held out is usable, the first other photo that is takes their place."""
+    train, held_out = split_held_out(photos)
+    if not any(map(usable, held_out)) and (spare := next(filter(usable, train), None)) is not None:
+        train.remove(spare)
+        held_out.append(spare)
+    return train, held_out
 
 
 def pick(photos: Sequence[T], count: int) -> list[T]:
@@ -268,13 +286,14 @@ def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
     return (images.clamp(0, 1) * 255).round() / 255
 
 
-def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -> None:
-    """Save images (N,3,H,W) in [0,1] as one picture, row by row; its folder is made."""
+def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -> np.ndarray:
+    """Save images (N,3,H,W) in [0,1] as one picture, row by row, and return it (H,W,3) uint8; its folder is made."""
     rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]
     width = max(row.shape[2] for row in rows)
     grid = torch.cat([F.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     to_pil(grid).save(path)
+    return to_pixels(grid)
 
 
 def save_sheet(rows: Sequence[tuple[str, torch.Tensor]], path: str | os.PathLike, columns: int = 8) -> None:
@@ -292,12 +311,22 @@ def save_sheet(rows: Sequence[tuple[str, torch.Tensor]], path: str | os.PathLike
     to_pil(torch.cat(parts, dim=1)).save(path)
 
 
+def _may_have_a_face(square: Image.Image | Source) -> bool:
+    """Whether there is a face in a square or photo; yes if nobody can tell without a detector."""
+    try:
+        image = square if isinstance(square, Image.Image) else face_square(square)
+        return bool(find_faces(np.array(image), side=400))
+    except ImportError:
+        return True
+
+
 class FaceCrops:
     """Random crops of face squares, as an attacker would see them at about `native_size`.
 
     The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
     them mirrored. Unreadable photos and those with a side under `minimum_side` are left out, and counted in
-    `unreadable` and `too_small`. Photos stay decoded up to `memory` bytes; the rest is decoded for every crop.
+    `unreadable` and `too_small`; it warns if there seems to be no face in any. Photos stay decoded up to `memory`
+    bytes; the rest is decoded for every crop.
     """
 
     def __init__(
@@ -329,6 +358,9 @@ class FaceCrops:
             else:
                 memory -= 3 * square.width**2
                 self.squares.append(square if memory >= 0 else source)
+        shown = pick(self.squares, 16)
+        if shown and not any(map(_may_have_a_face, shown)):
+            logger.warning("found no face in %d of the %d photos; are these portraits?", len(shown), len(self.squares))
         left_out = f"{self.unreadable} unreadable, {self.too_small} under {minimum_side} px a side"
         if not self.squares:
             raise ValueError(

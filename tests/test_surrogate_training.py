@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from gap_diff_diffusers.training.surrogate import (
     DenoiserTrainer,
     SurrogateTrainingConfig,
     build_tokenizer,
+    train_surrogate,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +203,7 @@ def test_resuming_is_asked_for_as_in_diffusers():
 def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
     class Noted(tracking.GeneralTracker):
         name, requires_logging_directory = "noted", False
-        settings, figures = {}, {}
+        settings, figures, pictures = {}, {}, {}
 
         def __init__(self, run_name, **kwargs):
             super().__init__()
@@ -214,10 +216,25 @@ def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
         def log(self, values, step, **kwargs):
             self.figures[step] = values
 
+        def log_images(self, values, step, **kwargs):
+            self.pictures[step] = values["validation"], kwargs
+
+    class Showing(Line):
+        def validate(self):
+            self.show(torch.rand(10, 3, 8, 8))
+            return super().validate()
+
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "noted", Noted)
-    Line(line_config(tmp_path, max_train_steps=3, report_to="noted")).train()
+    Showing(line_config(tmp_path / "noted", max_train_steps=3, report_to="noted")).train()
     assert Noted.settings["learning_rate"] == 0.2 and Noted.settings["stop_after_steps"] == "null"
     assert sorted(Noted.figures) == [1, 2, 3] and "held_out/weight" in Noted.figures[3]
+    (pictures, options) = Noted.pictures[3]
+    assert [picture.shape for picture in pictures] == [(16, 64, 3)] and not options
+    # As these trackers of accelerate hand it on: a batch with its layout, one picture.
+    for name, shape, told in (("tensorboard", (1, 16, 64, 3), {"dataformats": "NHWC"}), ("aim", (16, 64, 3), {})):
+        monkeypatch.setattr(Noted, "name", name)
+        Showing(line_config(tmp_path / name, max_train_steps=3, report_to="noted")).train()
+        assert (Noted.pictures[3][0].shape, Noted.pictures[3][1]) == (shape, told)
 
 
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(tmp_path, monkeypatch):
@@ -246,6 +263,7 @@ def test_what_a_loop_refuses(tmp_path):
         ("stop_after_steps", 0),
         ("max_grad_norm", -1.0),
         ("adam_beta2", 1.0),
+        ("gradient_accumulation_steps", [2]),
     ):
         with pytest.raises(ValueError, match=f"expected {name}"):
             line_config(tmp_path, **{name: wrong})
@@ -413,6 +431,12 @@ def test_a_denoiser_can_start_from_another(photos, tmp_path):
         DenoiserTrainer(make_config(photos, tmp_path / "wider", init_from=model, unet_channels=(8, 24)), vae)
     with pytest.raises(ValueError, match="which has none"):
         DenoiserTrainer(make_config(photos, tmp_path / "absent", init_from=str(tmp_path / "no_model")), vae)
+    for changes, named in (
+        ({"rare_tokens": ("skt",)}, "captions"),
+        ({"prediction_type": "v_prediction"}, "prediction"),
+    ):
+        with pytest.raises(ValueError, match=f"the same {named}"):
+            DenoiserTrainer(make_config(photos, tmp_path / "other", init_from=model, **changes), vae)
 
 
 def test_the_denoiser_learns_both_predictions(photos, tmp_path):
@@ -452,6 +476,36 @@ def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
     trainer = DenoiserTrainer(config, AutoencoderTrainer(config).vae)
     assert len(trainer.latents) + len(trainer.held_out) == 2 * len(with_face)  # and their mirror images
     assert trainer.left_out == 13 - len(with_face)
+
+
+def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_path):
+    for changes, message in (
+        ({"face_scale": 2.0}, "expected photos with a face to learn and to hold out, found none"),
+        ({"init_from": str(tmp_path / "no_model")}, "which has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_surrogate(make_config(photos, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_both_stages_go_on_where_they_were_interrupted(photos, encoder, tmp_path):
+    changes = {"feature_encoders": (encoder,), "distillation_weight": 0.1, "checkpointing_steps": 2}
+    changes |= {"max_train_steps": 4, "vae_max_train_steps": 4}
+
+    def run(name, resume=None):
+        return train_surrogate(make_config(photos, tmp_path / name, **changes), resume=resume)[0]
+
+    whole = run("whole")
+    lost = {"first": ("autoencoder/checkpoint-4", "autoencoder/vae", "checkpoint-2", "checkpoint-4")}
+    lost["second"] = ("checkpoint-4",)
+    for name, folders in lost.items():  # what an interruption of this stage would have left
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        for folder in folders:
+            shutil.rmtree(tmp_path / name / folder)
+        resumed = run(name, "latest")
+        for part in ("vae", "unet", "text_encoder"):
+            ours, theirs = (getattr(trainer, part).state_dict() for trainer in (resumed, whole))
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_path):
@@ -520,6 +574,10 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
         ({"max_train_samples": -1}, "max_train_samples of at least 1"),
         ({"distillation_weight": 1.0}, "feature_encoders"),
         ({"response_weight": 1.0}, "feature_encoders"),
+        ({"captions": "a photo"}, "captions as a list of str"),
+        ({"captions": ()}, "expected captions"),
+        ({"attention_heads": 3}, "3 attention_heads divide, got 16"),
+        ({"vae_channels": (8, 8.5)}, "vae_channels as a list of int"),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, tmp_path, changes, message):

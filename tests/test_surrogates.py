@@ -115,6 +115,7 @@ def test_from_pretrained_reads_files_and_diffusers_folders(tmp_path):
         surrogate = EncoderSurrogate.from_pretrained(tmp_path / "pipe", subfolder=subfolder)
         torch.testing.assert_close(surrogate.encode_images(images), vae.encode(images * 2 - 1).latent_dist.mean)
         assert surrogate.name == "pipe"
+    assert EncoderSurrogate.from_pretrained("bundled").name == "face-model"
 
 
 def test_from_pretrained_names_what_it_expected(tmp_path):

@@ -14,11 +14,11 @@ from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
-from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out
+from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out, split_usable
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
-from gap_diff_diffusers.training.loop import find_checkpoint
+from gap_diff_diffusers.training.loop import checkpoints, find_checkpoint
 from gap_diff_diffusers.training.losses import coherence_loss, excess_power_loss, log_displacement_loss
 from gap_diff_diffusers.transforms import build_transform
 
@@ -98,6 +98,14 @@ def test_photos_that_cannot_be_read_are_not_among_those_held_out(photos, encoder
     (photos / "8.png").write_bytes(b"")
     with pytest.raises(ValueError, match="photos that can be read, got none among 1"):
         readable([photos / "8.png"])
+
+
+def test_if_none_of_the_photos_held_out_is_usable_another_one_is():
+    photos = list(range(12))
+    assert split_usable(photos, lambda photo: photo != 0) == split_held_out(photos)
+    train, held_out = split_usable(photos, lambda photo: photo not in (0, 1, 10))
+    assert held_out == [0, 10, 2] and train == [1, 3, 4, 5, 6, 7, 8, 9, 11]
+    assert split_usable(photos, lambda photo: False) == split_held_out(photos)
 
 
 def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():
@@ -312,6 +320,7 @@ def test_the_papers_configs_differ_in_what_they_are_named_after():
     for name in ("gaussian_blur", "jpeg_mask", "without_preprocessing"):
         assert settings(f"paper_{name}") == paper | {"transform": settings(f"paper_{name}")["transform"]}
     assert settings("paper_time_weighting") == paper | {"timestep_weighting": "linear"}
+    assert settings("paper_learning_surrogate") == paper | {"surrogate_learning_rates": [5e-7]}
     assert settings("released") == paper | {"noise": "uniform", "discriminator_input": "preprocessed"}
 
 
@@ -344,6 +353,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, model, tmp_p
     resumed = run("parts")
     resumed.train(resume="latest")
     assert [step for step, _ in resumed.noted] == [2, 2, 3, 3]
+    losses = [resumed.validate()[f"held_out/denoising/model{kind}"] for kind in ("", " clean", "")]
+    assert losses[0] == losses[2] != losses[1]  # equal draws, other photos
+    of_checkpoint = GAPDiffGenerator.from_pretrained(checkpoints(tmp_path / "parts")[-1], subfolder="generator")
+    for parameter, again in zip(resumed.generator.parameters(), of_checkpoint.parameters(), strict=True):
+        assert torch.equal(parameter, again)  # the averaged weights, which the run ends with
     for (_, expected), (_, actual) in zip(whole.noted[4:], resumed.noted, strict=True):
         assert actual == pytest.approx(expected, abs=1e-6, rel=0)
         assert {"loss/gan", "loss/discriminator", "protected/denoising/model"} <= set(actual)
@@ -440,6 +454,7 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
         torch.testing.assert_close(parameter, expected)
     record = json.loads((tmp_path / "averaged" / "training_record.json").read_text())
     assert record["second"] == {"seed": 1} and record["average"]["share_of_the_second"] == 0.25
+    assert record["first"] == {"seed": 0}
     refused = subprocess.run([*command, "--share", "2"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode != 0 and "from 0 to 1, got 2" in refused.stderr
 

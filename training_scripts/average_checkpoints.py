@@ -30,19 +30,29 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.share <= 1:
         raise ValueError(f"expected --share from 0 to 1, got {arguments.share}")
-    first = GAPDiffGenerator.from_pretrained(arguments.first, subfolder="generator").state_dict()
+    pipelines = [GAPDiffProtectionPipeline.from_pretrained(path) for path in (arguments.first, arguments.second)]
+    budgets = [pipeline.config.noise_budget for pipeline in pipelines]
+    weights, others = (dict(pipeline.generator.named_parameters()) for pipeline in pipelines)
+    if budgets[0] != budgets[1]:
+        raise ValueError(f"expected two pipelines of one noise_budget, got {budgets[0]} and {budgets[1]}")
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
+        raise ValueError("expected two generators of one architecture, got weights of different names or shapes")
     generator = GAPDiffGenerator.from_pretrained(
         arguments.second, subfolder="generator", output_gain=arguments.output_gain
     )
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
-            parameter.lerp_(first[name], 1 - arguments.share)
-    pipeline = GAPDiffProtectionPipeline(generator.eval())
-    pipeline.save_pretrained(arguments.output_dir)
+            parameter.lerp_(weights[name], 1 - arguments.share)
+    averaged = GAPDiffProtectionPipeline(generator.eval(), noise_budget=budgets[0])
+    averaged.save_pretrained(arguments.output_dir)
+    first, second = (
+        json.loads((path / "training_record.json").read_text(encoding="utf-8"))
+        for path in (arguments.first, arguments.second)
+    )
     record = {
         "average": {"share_of_the_second": arguments.share, "output_gain": arguments.output_gain},
-        "second": json.loads((arguments.second / "training_record.json").read_text()),
-        "first": "the second's initial_weights",
+        "second": second,
+        "first": "the second's initial_weights" if second.get("initial_weights") == first else first,
         "versions": provenance(),
     }
     write_json(arguments.output_dir / "training_record.json", record)

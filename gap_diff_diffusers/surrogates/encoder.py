@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ..config import BUNDLED, BUNDLED_FACE_MODEL
 from .base import Surrogate, check_images, encode_latents
 from .files import find_file, read_class_name
 
@@ -102,11 +103,15 @@ class EncoderSurrogate(Surrogate):
     ) -> "EncoderSurrogate":
         """Load from a tiny encoder's `.safetensors` file, a folder, or a Hub id; of a pipeline, its autoencoder.
 
+        "bundled" is the face model that ships.
+
         A bare tiny encoder has nothing to checkpoint.
 
         Raises:
             ValueError: there is no such model, or it is of another kind.
         """
+        if model == BUNDLED:
+            model = BUNDLED_FACE_MODEL
         if Path(model).is_file():
             return cls(build_tiny_encoder(safetensors.torch.load_file(model)).to(dtype), Path(model).stem)
         from diffusers import AutoencoderKL, AutoencoderTiny

@@ -369,7 +369,9 @@ class GAPDiffTrainer(TrainingLoop):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Displacement after JPEG 70 and coherence, on held-out faces of 512x512.
+        """On held-out faces of 512x512, after JPEG 70: how far encoders' latents move, and what surrogates lose on
+        protected and on clean ones, always with the same draws; and how strong the perturbation is and how much of it
+        the photos share.
 
         And pictures of them: clean, protected, and the perturbation, eight times as strong, on gray.
         """
@@ -387,6 +389,11 @@ class GAPDiffTrainer(TrainingLoop):
                 for x, y in zip(published_clean, published)
             ]
             figures[f"held_out/{encoder.name}"] = sum(moved) / len(moved)
+        for index, surrogate in enumerate(self.surrogates):
+            for name, photos in (("", published), (" clean", published_clean)):
+                generator = torch.Generator().manual_seed(0)
+                losses = [self._denoising_loss(index, photo[None], generator).item() for photo in photos]
+                figures[f"held_out/denoising/{surrogate.name}{name}"] = sum(losses) / len(losses)
         figures["held_out/rms"] = (protected - images).square().mean().sqrt().item() * 255
         count = len(images)
         share = (perturbation.mean(0).square().mean() / perturbation.square().mean()).item()

@@ -9,12 +9,15 @@ import logging
 import math
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -219,7 +222,8 @@ class TrainingLoop(ABC):
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
             if self.step % config.validation_steps == 0 or self.step == last:
-                validated = self.validate_averaged()
+                with self.averaged_weights():
+                    validated = self.validate()
                 figures |= validated
             if main:
                 rounded = {key: round(value, 5) for key, value in figures.items()}
@@ -283,14 +287,15 @@ class TrainingLoop(ABC):
             self.emas[name].step(network.parameters())
         return norm.item()
 
-    def validate_averaged(self) -> dict[str, float]:
-        """`validate` with the averaged weights in place, in evaluation mode."""
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights in place for a while, in evaluation mode."""
         for name, ema in self.emas.items():
             ema.store(self.networks[name].parameters())
             ema.copy_to(self.networks[name].parameters())
             self.networks[name].eval()
         try:
-            return self.validate()
+            yield
         finally:
             for name, ema in self.emas.items():
                 ema.restore(self.networks[name].parameters())
@@ -298,12 +303,16 @@ class TrainingLoop(ABC):
 
     def show(self, images: torch.Tensor, columns: int = 8) -> None:
         """Save validation pictures (N,3,H,W) in [0,1] as `samples/<step>.png`, and send them to the trackers."""
-        if self.accelerator.is_main_process:
-            save_grid(images, self.output_dir / "samples" / f"{self.step}.png", columns)
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                    tracker.log_images({"validation": pixels}, step=self.step)
+        if not self.accelerator.is_main_process:
+            return
+        picture = save_grid(images, self.output_dir / "samples" / f"{self.step}.png", columns)
+        for tracker in self.accelerator.trackers:  # each of them wants its pictures in another way
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": picture[None]}, step=self.step, dataformats="NHWC")
+            elif tracker.name in ("aim", "clearml"):
+                tracker.log_images({"validation": picture}, step=self.step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": [picture]}, step=self.step)
 
     def step_generator(self) -> torch.Generator:
         """The randomness of the current step: one seed per step, so that a resumed run draws what a whole one does."""
@@ -311,7 +320,11 @@ class TrainingLoop(ABC):
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 1009 + process)
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-<step>`, as a whole or not at all, and then drop those over the limit."""
+        """Write `checkpoint-<step>`, as a whole or not at all, and then drop those over the limit.
+
+        It holds `state.pt` to go on from, and under its name what `from_pretrained` loads: the averaged network, if it
+        is a model of diffusers.
+        """
         if not self.accelerator.is_main_process:
             return
         folder = self.output_dir / f"checkpoint-{self.step}"
@@ -331,6 +344,10 @@ class TrainingLoop(ABC):
         try:
             with open(temporary / "state.pt", "wb") as file:
                 torch.save(state, file)
+            with self.averaged_weights():
+                for name in self.emas:
+                    if isinstance(self.networks[name], ModelMixin):
+                        self.networks[name].save_pretrained(temporary / name)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             # torch goes on where writing failed, and says something about positions.

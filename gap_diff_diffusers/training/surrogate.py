@@ -37,7 +37,18 @@ from ..config import (
     provenance,
     write_json,
 )
-from ..data import FaceCrops, PhotosConfig, Source, load_face, load_faces, pick, readable, split_held_out, split_record
+from ..data import (
+    FaceCrops,
+    PhotosConfig,
+    Source,
+    is_readable,
+    load_face,
+    load_faces,
+    pick,
+    readable,
+    split_record,
+    split_usable,
+)
 from ..images import PhotoError
 from ..surrogates.base import make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement, load_encoders
@@ -57,6 +68,8 @@ SCHEDULE = {
 MAX_VALIDATED = 512
 """How many held-out faces are measured at most, with mirror images where there are any."""
 
+
+Captioned = tuple[Source, str | None]
 
 AUTOENCODER_SETTINGS = (
     "train_data_dir",
@@ -191,7 +204,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
-        check_at_least_one(self, "resolution", "vae_crop_size", "vae_train_batch_size", "num_validation_images")
+        counts = ("vae_train_batch_size", "num_validation_images", "text_channels", "attention_heads")
+        check_at_least_one(self, "resolution", "vae_crop_size", *counts)
         weights = ("kl_weight", "gradient_weight", "feature_weight", "distillation_weight", "response_weight")
         check_at_least(0, self, "vae_max_train_steps", "vae_learning_rate", "snr_gamma", *weights)
         budget_levels(self.response_eps)
@@ -211,6 +225,21 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         for name in ("distillation_weight", "response_weight"):
             if getattr(self, name) and not self.feature_encoders:
                 raise ValueError(f"expected feature_encoders to distill, got none; or set {name} to 0")
+        if self.text_channels % self.attention_heads:
+            raise ValueError(
+                f"expected text_channels that {self.attention_heads} attention_heads divide, got {self.text_channels}"
+            )
+        if not self.captions:
+            raise ValueError("expected captions to draw from, got none")
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The noise schedule as diffusers' schedulers are told it."""
+        return SCHEDULE | {
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.rescale_betas_zero_snr,
+            "timestep_spacing": "trailing" if self.rescale_betas_zero_snr else "leading",
+        }
 
 
 class AutoencoderTrainer(TrainingLoop):
@@ -332,59 +361,16 @@ class DenoiserTrainer(TrainingLoop):
 
     def __init__(self, config: SurrogateTrainingConfig, vae: AutoencoderKL):
         self.vae = vae.eval().requires_grad_(False)
-        photos = list(zip(*config.load_photos()))
-        self.tokenizer = build_tokenizer((*config.captions, *config.rare_tokens), [c for _, c in photos if c])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.text_encoder = CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=len(self.tokenizer),
-                    hidden_size=config.text_channels,
-                    intermediate_size=4 * config.text_channels,
-                    projection_dim=config.text_channels,
-                    num_hidden_layers=config.text_layers,
-                    num_attention_heads=config.attention_heads,
-                    max_position_embeddings=self.tokenizer.model_max_length,
-                    bos_token_id=self.tokenizer.bos_token_id,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            )
-            with_attention = len(config.unet_channels) - 1
-            self.unet = UNet2DConditionModel(
-                sample_size=config.resolution // 2 ** (len(config.vae_channels) - 1),
-                in_channels=config.latent_channels,
-                out_channels=config.latent_channels,
-                down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * with_attention),
-                up_block_types=(*("CrossAttnUpBlock2D",) * with_attention, "UpBlock2D"),
-                block_out_channels=config.unet_channels,
-                layers_per_block=config.unet_layers_per_block,
-                cross_attention_dim=config.text_channels,
-                attention_head_dim=config.attention_heads,
-                norm_num_groups=_group_count(config.unet_channels),
-            )
-        network = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
-        if config.init_from:
-            for name, module in network.items():
-                _load_weights(module, Path(config.init_from, name))
+        train, held_out = _split_photos(config)
+        self.tokenizer, network = build_denoiser(config, [caption for _, caption in (*train, *held_out) if caption])
+        self.unet, self.text_encoder = network["unet"], network["text_encoder"]
         super().__init__(config, {"denoiser": network})
         self.device = self.accelerator.device
         self.vae.to(self.device)
-        self.scheduler = DDPMScheduler(**self.schedule)
-        train, held_out = split_held_out(photos)
+        self.scheduler = DDPMScheduler(**config.schedule)
         self.latents, self.captions = self._encode_all(train)
         self.held_out, self.held_out_captions = self._encode_all(held_out)
-        self.left_out = len(photos) - (len(self.latents) + len(self.held_out)) // 2
-
-    @property
-    def schedule(self) -> dict[str, Any]:
-        """The noise schedule as diffusers' schedulers are told it."""
-        config = self.config
-        return SCHEDULE | {
-            "prediction_type": config.prediction_type,
-            "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-            "timestep_spacing": "trailing" if config.rescale_betas_zero_snr else "leading",
-        }
+        self.left_out = len(train) + len(held_out) - (len(self.latents) + len(self.held_out)) // 2
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -394,7 +380,7 @@ class DenoiserTrainer(TrainingLoop):
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler(**self.schedule, set_alpha_to_one=False),
+            scheduler=DDIMScheduler(**self.config.schedule, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -468,7 +454,7 @@ class DenoiserTrainer(TrainingLoop):
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
     @torch.no_grad()
-    def _encode_all(self, photos: list[tuple[Source, str | None]]) -> tuple[torch.Tensor, list[str | None]]:
+    def _encode_all(self, photos: list[Captioned]) -> tuple[torch.Tensor, list[str | None]]:
         """Posteriors of the faces and of their mirror images, mean and standard deviation one after the other.
 
         And their captions. Unreadable photos are left out, and those without a face if `face_scale` wants one.
@@ -521,6 +507,7 @@ def train_surrogate(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
             )
     else:
+        _check_denoiser(config)
         stage = AutoencoderTrainer(config)
         figures = stage.train(resume=resume if named or checkpoints(stage.output_dir) else None)
         named = False  # that was a checkpoint of this stage
@@ -553,6 +540,56 @@ def train_surrogate(
     return denoiser, record
 
 
+def build_denoiser(config: SurrogateTrainingConfig, captions: Sequence[str]) -> tuple[CLIPTokenizer, nn.ModuleDict]:
+    """The tokenizer, and `unet` and `text_encoder` as they are before the first step.
+
+    Raises:
+        ValueError: widths that do not fit each other; `init_from` is of others, of other words, or predicts otherwise.
+    """
+    tokenizer = build_tokenizer((*config.captions, *config.rare_tokens), captions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_channels,
+                intermediate_size=4 * config.text_channels,
+                projection_dim=config.text_channels,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.attention_heads,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        with_attention = len(config.unet_channels) - 1
+        unet = UNet2DConditionModel(
+            sample_size=config.resolution // 2 ** (len(config.vae_channels) - 1),
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * with_attention),
+            up_block_types=(*("CrossAttnUpBlock2D",) * with_attention, "UpBlock2D"),
+            block_out_channels=config.unet_channels,
+            layers_per_block=config.unet_layers_per_block,
+            cross_attention_dim=config.text_channels,
+            attention_head_dim=config.attention_heads,
+            norm_num_groups=_group_count(config.unet_channels),
+        )
+    networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    if config.init_from:
+        folder = Path(config.init_from)
+        for name, module in networks.items():
+            _load_weights(module, folder / name)
+        schedule = DDIMScheduler.load_config(folder / "scheduler")
+        differs = [key for key, value in config.schedule.items() if schedule.get(key, value) != value]
+        if CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab() != tokenizer.get_vocab():
+            differs.append("captions")
+        if differs:
+            raise ValueError(f"expected init_from a model with the same {', '.join(differs)}, got {folder}")
+    return tokenizer, networks
+
+
 def _load_weights(module: nn.Module, folder: Path) -> None:
     """Start this network from the one in a folder; ValueError if none is there, or one of another shape."""
     if not (folder / "config.json").is_file():
@@ -561,6 +598,27 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
         module.load_state_dict(type(module).from_pretrained(folder).state_dict())
     except RuntimeError as error:
         raise ValueError(f"expected {folder} of the same shape as the settings say: {error}") from error
+
+
+def _split_photos(config: SurrogateTrainingConfig) -> tuple[list[Captioned], list[Captioned]]:
+    """The denoiser's photos with their captions: to train on, and held out."""
+    photos = list(zip(*config.load_photos()))
+    return split_usable(photos, lambda photo: is_readable(photo[0], config.face_scale))
+
+
+def _check_denoiser(config: SurrogateTrainingConfig) -> None:
+    """Find what would stop the second stage before the first one has taken its time.
+
+    Raises:
+        ImportError: faces shall be found, and there is no detector.
+        ValueError: no photo with a face, or settings that `build_denoiser` refuses.
+    """
+    train, held_out = _split_photos(config)
+    for photos in (train, held_out):
+        if not any(is_readable(source, config.face_scale) for source, _ in photos):
+            wanted = "photos that can be read" if config.face_scale is None else "photos with a face"
+            raise ValueError(f"expected {wanted} to learn and to hold out, found none among {len(photos)}")
+    build_denoiser(config, [caption for _, caption in (*train, *held_out) if caption])
 
 
 def _settings(config: SurrogateTrainingConfig, *keys: str) -> dict[str, Any]:
