@@ -336,6 +336,11 @@ def add_token(pipeline: DiffusionPipeline, token: str, initializer_token: str) -
         weight = encoder.get_input_embeddings().weight
         weight.requires_grad_(False)
         weight[tokenizer.convert_tokens_to_ids(token)] = weight[first[0]]
+        # Old configs, SDXL's too, have 2 here; transformers then pools where the largest id is: at the new word.
+        encoder.config.eos_token_id = tokenizer.eos_token_id
+        for module in encoder.modules():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 @torch.no_grad()
