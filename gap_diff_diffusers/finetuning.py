@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -296,11 +296,27 @@ class DreamBooth:
         return torch.cat(means), torch.cat(deviations)
 
 
+def check_draws(surrogate: DiffusionSurrogate) -> None:
+    """ValueError if the model cannot draw without a photo, so that nothing that it learns would be seen."""
+    editors = {
+        StableDiffusionInpaintPipeline: "inpainting",
+        StableDiffusionInstructPix2PixPipeline: "instruct-pix2pix",
+    }
+    for kind, method in editors.items():
+        if isinstance(surrogate.pipeline, kind):
+            raise ValueError(
+                f"{surrogate.name}: expected a model that draws by a prompt alone, got one that edits photos; use the "
+                f"method {method}"
+            )
+
+
 def draw_class_images(surrogate: DiffusionSurrogate, config: DreamBoothConfig) -> torch.Tensor:
     """Pictures of the class by the model as it is: (num_class_images,3,resolution,resolution) in [0,1].
 
-    Their seeds begin at `CLASS_SEED`, so that they share no noise with what is drawn afterwards.
+    Their seeds begin at `CLASS_SEED`, so that they share no noise with what is drawn afterwards. ValueError as of
+    `check_draws`.
     """
+    check_draws(surrogate)
     return generate_images(
         surrogate.pipeline,
         config.class_prompt,
