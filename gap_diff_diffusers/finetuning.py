@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig:
-    """Settings of one personalization; the defaults are those of GAP-Diff's attacker (paper, section V).
+    """Settings of one personalization; the defaults are those of GAP-Diff's attacker (paper, section V), in float32.
 
     Attributes:
         instance_prompt: what the model is told of every photo; has the rare token.
@@ -48,7 +48,7 @@ class DreamBoothConfig:
         text_learning_rate: of what is trained in the text encoder; None for `learning_rate`.
         adam_weight_decay: of all weights but a token's embedding.
         max_grad_norm: gradients are scaled down to this norm.
-        mixed_precision: of the forward pass, "no", "bf16" or "fp16".
+        mixed_precision: of the forward pass, "no", "bf16" (which GAP-Diff's attacker has; best on a GPU) or "fp16".
         num_inference_steps, guidance_scale: of drawing the class pictures.
         seed: of everything random.
     """
