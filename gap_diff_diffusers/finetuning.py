@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig:
-    """Settings of one personalization; the defaults are those of GAP-Diff's attacker (paper, section V).
+    """Settings of one personalization; the defaults are those of GAP-Diff's attacker (paper, section V), in float32.
 
     Attributes:
         instance_prompt: what the model is told of every photo; has the rare token.
@@ -48,7 +48,7 @@ class DreamBoothConfig:
         text_learning_rate: of what is trained in the text encoder; None for `learning_rate`.
         adam_weight_decay: of all weights but a token's embedding.
         max_grad_norm: gradients are scaled down to this norm.
-        mixed_precision: of the forward pass, "no", "bf16" or "fp16".
+        mixed_precision: of the forward pass, "no", "bf16" (which GAP-Diff's attacker has; best on a GPU) or "fp16".
         num_inference_steps, guidance_scale: of drawing the class pictures.
         seed: of everything random.
     """
@@ -296,11 +296,27 @@ class DreamBooth:
         return torch.cat(means), torch.cat(deviations)
 
 
+def check_draws(surrogate: DiffusionSurrogate) -> None:
+    """ValueError if the model cannot draw without a photo, so that nothing that it learns would be seen."""
+    editors = {
+        StableDiffusionInpaintPipeline: "inpainting",
+        StableDiffusionInstructPix2PixPipeline: "instruct-pix2pix",
+    }
+    for kind, method in editors.items():
+        if isinstance(surrogate.pipeline, kind):
+            raise ValueError(
+                f"{surrogate.name}: expected a model that draws by a prompt alone, got one that edits photos; use the "
+                f"method {method}"
+            )
+
+
 def draw_class_images(surrogate: DiffusionSurrogate, config: DreamBoothConfig) -> torch.Tensor:
     """Pictures of the class by the model as it is: (num_class_images,3,resolution,resolution) in [0,1].
 
-    Their seeds begin at `CLASS_SEED`, so that they share no noise with what is drawn afterwards.
+    Their seeds begin at `CLASS_SEED`, so that they share no noise with what is drawn afterwards. ValueError as of
+    `check_draws`.
     """
+    check_draws(surrogate)
     return generate_images(
         surrogate.pipeline,
         config.class_prompt,
@@ -336,6 +352,11 @@ def add_token(pipeline: DiffusionPipeline, token: str, initializer_token: str) -
         weight = encoder.get_input_embeddings().weight
         weight.requires_grad_(False)
         weight[tokenizer.convert_tokens_to_ids(token)] = weight[first[0]]
+        # Old configs, SDXL's too, have 2 here; transformers then pools where the largest id is: at the new word.
+        encoder.config.eos_token_id = tokenizer.eos_token_id
+        for module in encoder.modules():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 @torch.no_grad()

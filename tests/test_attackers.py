@@ -10,7 +10,7 @@ from test_surrogates_diffusion import flux, sd3, sdxl
 from torch import nn
 from torch.nn.utils import parametrize
 
-from gap_diff_diffusers import load_surrogate
+from gap_diff_diffusers import StableDiffusionXLSurrogate, load_surrogate
 from gap_diff_diffusers.attackers import ATTACKERS
 from gap_diff_diffusers.attackers.base import Attacker
 from gap_diff_diffusers.attackers.svdiff import SingularValueShift
@@ -78,6 +78,26 @@ def test_only_what_the_method_names_learns(attacker, surrogate, images):
         assert all(any(part in key for part in allowed) for key in learned), learned
         assert not any(parameter.requires_grad for parameter in ours.parameters())
     assert not any(parametrize.is_parametrized(module) for module in pipeline.unet.modules())
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_sdxl_is_attacked_by_every_method(name, images):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        surrogate = StableDiffusionXLSurrogate(sdxl(), name="tiny")
+    before = {key: weights(part) for key, part in surrogate.pipeline.components.items() if isinstance(part, nn.Module)}
+    word = {"initializer_token": "a"} if "token_embedding" in LEARNS[name][1] else {}  # its tokenizer knows letters
+    attacker = ATTACKERS.load(name)(**SETTINGS | {"resolution": 32, "learning_rate": 1e-3} | word)
+    pipeline = attack(attacker, surrogate, images)
+    for part, allowed in zip(("unet", "text_encoder", "text_encoder_2", "vae"), (*LEARNS[name], LEARNS[name][1], ())):
+        learned = learned_names(getattr(pipeline, part), before[part])
+        assert bool(learned) == bool(allowed)
+        assert all(any(piece in key for piece in allowed) for key in learned), learned
+    for suffix in ("", "_2") if word else ():  # the new word began as "a", and moved
+        embedding = getattr(pipeline, f"text_encoder{suffix}").get_input_embeddings().weight
+        ids = getattr(pipeline, f"tokenizer{suffix}").convert_tokens_to_ids([attacker.config.rare_token, "a</w>"])
+        assert not torch.equal(*embedding[ids])
+    assert draw(pipeline, prompt_of(attacker)).isfinite().all()
 
 
 def test_a_new_word_is_all_that_changes_in_the_embedding(surrogate, images):

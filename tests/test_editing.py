@@ -5,36 +5,43 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from test_attack import person  # noqa: F401
 from test_benchmark_surrogate import model  # noqa: F401
+from test_surrogates_diffusion import sdxl
 
-from gap_diff_diffusers import load_surrogate
+from gap_diff_diffusers import StableDiffusionXLSurrogate, load_surrogate
 from gap_diff_diffusers.attackers import ATTACKERS, editing
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.finetuning import DreamBoothConfig, draw_class_images
 
 SMALL = {"resolution": 64, "num_inference_steps": 10, "guidance_scale": 1.5}
 EDITING = sorted(name for name in ATTACKERS if editing.__name__ in ATTACKERS[name])
 
 
-@pytest.fixture
-def instructed(surrogate, tmp_path):
-    """The tiny model as one that edits by instructions, loaded from a folder."""
+def load_editor(kind, channels, surrogate, folder):
+    """The tiny model as one that edits, whose UNet sees more channels, loaded from a folder."""
     pipeline = surrogate.pipeline
-    unet = UNet2DConditionModel.from_config(
-        {**pipeline.unet.config, "in_channels": 2 * pipeline.unet.config.in_channels}
-    )
+    unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": channels})
     with torch.no_grad():
         unet.load_state_dict(
             {key: value for key, value in pipeline.unet.state_dict().items() if key != "conv_in.weight"}, strict=False
         )
-        unet.conv_in.weight.copy_(pipeline.unet.conv_in.weight.repeat(1, 2, 1, 1))
+        unet.conv_in.weight.copy_(pipeline.unet.conv_in.weight.repeat(1, 3, 1, 1)[:, :channels])
     components = {name: pipeline.components[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     components |= {"unet": unet, "safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False).save_pretrained(
-        tmp_path / "ip2p"
-    )
-    return load_surrogate(tmp_path / "ip2p")
+    kind(**components, requires_safety_checker=False).save_pretrained(folder)
+    return load_surrogate(folder)
+
+
+@pytest.fixture
+def instructed(surrogate, tmp_path):
+    return load_editor(StableDiffusionInstructPix2PixPipeline, 8, surrogate, tmp_path / "ip2p")
+
+
+@pytest.fixture
+def inpainter(surrogate, tmp_path):
+    return load_editor(StableDiffusionInpaintPipeline, 9, surrogate, tmp_path / "inpainter")
 
 
 @pytest.fixture(params=EDITING)
@@ -88,16 +95,35 @@ def test_inpainting_keeps_what_it_is_told_to():
     assert mask[:, :, 16:48, 16:48].max() == 0 and mask[:, :, :16].min() == 1
 
 
-def test_where_nothing_is_kept_the_photo_does_not_matter(surrogate, images):
-    settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "seed": 0, "progress": False}
-    moved = []
+@pytest.mark.parametrize("victim", ["surrogate", "inpainter"])
+def test_where_nothing_is_kept_the_photo_does_not_matter(victim, images, request):
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.5, "seed": 0, "progress": False}
+    victim, moved = request.getfixturevalue(victim), []
     for kept in (0.0, 0.5):
         attacker = ATTACKERS.load("inpainting")(**SMALL | {"kept": kept})
         drawn = [
-            attacker.draw(surrogate.pipeline, photos, "a photo", 4, **settings) for photos in (images, 1 - images)
+            attacker.draw(attacker(victim, photos), photos, "a photo", 4, **settings)
+            for photos in (images, 1 - images)
         ]
         moved.append((drawn[0] - drawn[1]).abs().max().item())
     assert moved[0] < 1e-5 and moved[1] > 1e-3
+
+
+def test_a_model_that_inpaints_does_nothing_else(inpainter, images):
+    for method in ("sdedit", "dreambooth", "lora"):
+        with pytest.raises(ValueError, match=r"draws by a prompt alone, got one that .*; use .*inpainting"):
+            ATTACKERS.load(method)(resolution=64)(inpainter, images)
+    with pytest.raises(ValueError, match="draws by a prompt alone, got one that inpaints, which has no loss"):
+        inpainter.denoising_loss(images, "a photo")
+
+
+@pytest.mark.parametrize("method", ["inpainting", "sdedit"])
+def test_sdxl_edits_too(method, images):
+    attacker = ATTACKERS.load(method)(**SMALL)
+    pipeline = attacker(StableDiffusionXLSurrogate(sdxl(), name="tiny"), images)
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.5, "seed": 0, "progress": False}
+    first, other = (attacker.draw(pipeline, photos, "a photo", 1, **settings) for photos in (images, 1 - images))
+    assert first.shape == (1, 3, 64, 64) and (first - other).abs().max() > 1e-3
 
 
 def test_inpainting_wants_latents_of_four_channels(model, person, tmp_path, capsys):  # noqa: F811
@@ -136,8 +162,10 @@ def test_what_editing_refuses(surrogate, instructed, images, model, person, tmp_
         ATTACKERS.load("instruct-pix2pix")(**SMALL)(copy.copy(surrogate), images)
     with pytest.raises(ValueError, match="image to image in diffusers, got a StableDiffusionInstructPix2PixPipeline"):
         ATTACKERS.load("sdedit")(**SMALL)(instructed, images)
-    with pytest.raises(ValueError, match="draws by a prompt alone, got one that edits by instructions"):
+    with pytest.raises(ValueError, match="draws by a prompt alone, got one that edits photos; use the method instr"):
         ATTACKERS.load("dreambooth")(resolution=64)(instructed, images)
+    with pytest.raises(ValueError, match="use the method instruct-pix2pix"):
+        draw_class_images(instructed, DreamBoothConfig(resolution=64))
     with pytest.raises(ValueError, match=r"at least 2 for a strength of 0\.5, got 1"):
         ATTACKERS.load("sdedit")(**SMALL, strength=0.5).draw(
             surrogate.pipeline, images, "a", 1, num_inference_steps=1, guidance_scale=1.0, seed=0

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from test_surrogates_diffusion import clip, sdxl
+from transformers import CLIPTextModelWithProjection
 
-from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig, center_square, generate_images
+from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig, add_token, center_square, generate_images
 
 SETTINGS = {
     "resolution": 64,
@@ -74,6 +76,21 @@ def test_what_learns_and_what_does_not(surrogate, images, train_text_encoder):
         rows = (embedding != before["text"][learned.pop()]).any(dim=1).nonzero().flatten().tolist()
         assert rows == surrogate.pipeline.tokenizer("sks", add_special_tokens=False).input_ids
     assert not any(parameter.requires_grad for parameter in surrogate.parameters())
+
+
+def test_a_new_word_is_not_taken_for_the_end_of_the_text(tmp_path):
+    pipeline = sdxl()
+    config = clip(projection=True).config
+    config.eos_token_id = 2  # as in the files of SDXL
+    pipeline.register_modules(text_encoder_2=CLIPTextModelWithProjection(config))
+    add_token(pipeline, "<new>", "a")
+    pipeline.text_encoder_2.save_pretrained(tmp_path)
+    ids = pipeline.tokenizer_2("a <new> b", padding="max_length", return_tensors="pt").input_ids
+    end = ids[0].tolist().index(pipeline.tokenizer_2.eos_token_id)
+    assert ids.max() == pipeline.tokenizer_2.convert_tokens_to_ids("<new>") and ids.argmax() != end
+    for encoder in (pipeline.text_encoder_2.eval(), CLIPTextModelWithProjection.from_pretrained(tmp_path).eval()):
+        output = encoder(ids)
+        torch.testing.assert_close(output.text_embeds, encoder.text_projection(output.last_hidden_state[:, end]))
 
 
 def test_it_learns_the_photos(surrogate, images):

@@ -1,6 +1,7 @@
 """diffusers' own scripts as attackers: fetching them, running them, loading what they write.
 
-Those that run the scripts themselves need them: `gap-diff fetch-attackers`, or a checkout in DIFFUSERS_CHECKOUT.
+Those that run the scripts themselves are slow, and fail without them: `gap-diff fetch-attackers`, or a checkout in
+DIFFUSERS_CHECKOUT.
 """
 
 import copy
@@ -128,7 +129,7 @@ def examples(monkeypatch):
     """The folder of the scripts, that find torchvision's stand-in."""
     folder = Path(CHECKOUT) if CHECKOUT else official.scripts_folder("v0.40.0")
     if not (folder / "examples").is_dir():
-        pytest.skip("run gap-diff fetch-attackers first, or set DIFFUSERS_CHECKOUT")
+        pytest.fail("run gap-diff fetch-attackers first, or set DIFFUSERS_CHECKOUT")  # skipped, a bar would look met
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "torchvision_stub"), prepend=os.pathsep)
     return str(folder)
 

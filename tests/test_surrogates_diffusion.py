@@ -579,8 +579,10 @@ def test_every_registered_class_loads(folder, tmp_path):
     parts = diffusers.StableDiffusionPipeline.from_pretrained(folder("sd-epsilon")).components
     instructed = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     instructed.save_pretrained(tmp_path / "instructed")
+    inpainting = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    inpainting.save_pretrained(tmp_path / "inpainting")
     folders = [*(folder(family) for family in EACH_ARCHITECTURE), folder("sd3") / "vae", tmp_path]
-    folders.append(tmp_path / "instructed")
+    folders += [tmp_path / "instructed", tmp_path / "inpainting"]
     loaded = set()
     for path in folders:
         surrogate = load_surrogate(path)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+from diffusers import DiffusionPipeline
 
-from ..finetuning import DreamBooth, DreamBoothConfig, generate_images
+from ..finetuning import DreamBooth, DreamBoothConfig, check_draws, generate_images
 from ..surrogates.base import DiffusionSurrogate
 
 
@@ -98,15 +98,6 @@ class Attacker(ABC):
     def save(self, pipeline: DiffusionPipeline, folder: str | Path) -> None:
         """Write what was learned for diffusers to load; here the whole pipeline."""
         pipeline.save_pretrained(folder)
-
-
-def check_draws(surrogate: DiffusionSurrogate) -> None:
-    """ValueError if the model cannot draw without a photo, so that nothing that it learns would be seen."""
-    if isinstance(surrogate.pipeline, StableDiffusionInstructPix2PixPipeline):
-        raise ValueError(
-            f"{surrogate.name}: expected a model that draws by a prompt alone, got one that edits by instructions; "
-            "use the method instruct-pix2pix"
-        )
 
 
 class TrainingAttacker(Attacker):

@@ -20,6 +20,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
 )
 from tqdm import tqdm
@@ -206,6 +207,8 @@ class SDEditAttacker(EditingAttacker):
     }
 
     def make_editor(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        if isinstance(pipeline, StableDiffusionInpaintPipeline):
+            raise ValueError("expected a model that draws by a prompt alone, got one that inpaints; use inpainting")
         return _make(AutoPipelineForImage2Image, pipeline, "image to image")
 
     def editor_arguments(self, images: torch.Tensor) -> dict[str, Any]:
@@ -215,7 +218,8 @@ class SDEditAttacker(EditingAttacker):
 class InpaintingAttacker(EditingAttacker):
     """All but the middle of the photo, where the face is, is painted anew.
 
-    For models whose latents have 4 channels, and those trained to inpaint, as diffusers' pipelines want it.
+    For models whose latents have 4 channels, as diffusers' pipelines want it, so not for the one that ships; and for
+    those of them that were trained to inpaint, which are saved as a `StableDiffusionInpaintPipeline`.
     """
 
     config_class = InpaintingConfig

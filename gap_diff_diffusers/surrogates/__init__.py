@@ -30,6 +30,7 @@ SURROGATES = Registry(
         "AutoencoderTiny": f"{__name__}.encoder:EncoderSurrogate",
         "FluxPipeline": f"{__name__}.flow_matching:FluxSurrogate",
         "StableDiffusion3Pipeline": f"{__name__}.flow_matching:StableDiffusion3Surrogate",
+        "StableDiffusionInpaintPipeline": f"{__name__}.stable_diffusion:InpaintingSurrogate",
         "StableDiffusionInstructPix2PixPipeline": f"{__name__}.stable_diffusion:InstructPix2PixSurrogate",
         "StableDiffusionPipeline": f"{__name__}.stable_diffusion:StableDiffusionSurrogate",
         "StableDiffusionXLPipeline": f"{__name__}.stable_diffusion:StableDiffusionXLSurrogate",

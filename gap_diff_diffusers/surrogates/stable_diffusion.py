@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     SchedulerMixin,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -88,6 +89,21 @@ class InstructPix2PixSurrogate(StableDiffusionSurrogate):
 
     def _denoiser_input(self, noisy: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return torch.cat([noisy, latents / self.vae.config.scaling_factor], dim=1)
+
+
+class InpaintingSurrogate(StableDiffusionSurrogate):
+    """Stable Diffusion trained to inpaint, whose UNet also sees a mask and what that leaves of the photo.
+
+    For drawing alone: it has no `denoising_loss` (ValueError), as that depends on masks.
+    """
+
+    pipeline_class = StableDiffusionInpaintPipeline
+
+    def _denoiser_input(self, noisy: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            f"{self.name}: expected a model that draws by a prompt alone, got one that inpaints, which has no loss "
+            "here; use the model that it was trained from"
+        )
 
 
 class StableDiffusionXLSurrogate(StableDiffusionSurrogate):
