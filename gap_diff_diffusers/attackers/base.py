@@ -100,6 +100,11 @@ class Attacker(ABC):
         pipeline.save_pretrained(folder)
 
 
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text is how torch, on any device, says that memory ran out."""
+    return any(words in text.lower() for words in ("out of memory", "allocate memory", "not enough memory"))
+
+
 def check_draws(surrogate: DiffusionSurrogate) -> None:
     """ValueError if the model cannot draw without a photo, so that nothing that it learns would be seen."""
     if isinstance(surrogate.pipeline, StableDiffusionInstructPix2PixPipeline):
