@@ -5,6 +5,7 @@ A copy of a text-to-image model learns the person on the photos, in this process
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import tempfile
@@ -18,6 +19,9 @@ from .attackers import ATTACKERS
 from .config import ATTACK_RECORD, BUNDLED, PICTURES, choose_device
 
 logger = logging.getLogger(__name__)
+
+CLASS_RECORD = "class_images.json"
+"""What says, beside pictures of the class that were kept, how they were drawn."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=int, default=32, help="pictures to draw for each prompt (default: 32)")
     parser.add_argument(
+        "--steps", type=int, help="of drawing each of them (default: num_inference_steps of the settings)"
+    )
+    parser.add_argument(
         "--class-images",
         metavar="FOLDER",
         help="pictures of the class; in a folder without any, those that the model draws are kept for the next time "
         "(default: it draws its own)",
+    )
+    parser.add_argument(
+        "--diffusers-examples",
+        "--diffusers_examples",
+        metavar="CHECKOUT",
+        help="with --method official:...: a checkout of diffusers, whose scripts are run (default: what "
+        "gap-diff fetch-attackers downloaded)",
     )
     parser.add_argument(
         "--protect",
@@ -84,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, draw, write: OUT/pictures/, OUT/contact_sheet.png, OUT/attack.json, and OUT/model/ if asked for.
 
     With --protect the pictures and the model are in OUT/clean/ and OUT/protected/, and OUT/figures.json says what was
-    found in them.
+    found in them: of the person only if there is a face to look for.
     """
     from .config import portable_name, provenance, write_json
     from .data import read_images, save_sheet
@@ -94,20 +108,32 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"expected a new or empty folder to write to, got {output}")
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"expected --steps of at least 1, got {arguments.steps}")
     if arguments.reference and not arguments.protect:
         raise ValueError("--reference is for --protect; without it, gap-diff evaluate OUT --reference CLEAN measures")
     small = arguments.model == BUNDLED and "face-model" in ATTACKERS.load(arguments.method).presets
     preset = arguments.preset or ("face-model" if small else "weak")
-    attacker = make_attacker(arguments.method, preset, arguments.set)
+    changes = list(arguments.set)
+    if arguments.diffusers_examples:
+        if not arguments.method.startswith("official:"):
+            raise ValueError(f"--diffusers-examples is for the methods official:..., got {arguments.method}")
+        changes.append(f"diffusers_examples={json.dumps(arguments.diffusers_examples)}")
+    attacker = make_attacker(arguments.method, preset, changes)
     digest = attacker.script_digest(attacker.config)
     if arguments.save_model:
         attacker.check_saving()
-    transform = _read_transforms(arguments.transforms)
+    transforms = _read_transforms(arguments.transforms)
     class_photos = _read_class_photos(arguments.class_images, output)
     photos = read_images(arguments.photos)
-    if arguments.reference:
-        read_images(arguments.reference)  # before the work, not after it
+    if arguments.reference and not _look_for_people(read_images(arguments.reference)):  # before the work, not after it
+        raise ValueError(f"expected a face to look for in --reference, found none in {', '.join(arguments.reference)}")
     config = attacker.config
+    steps = arguments.steps or config.num_inference_steps
+    with_class = bool(getattr(config, "prior_loss_weight", 0))
+    class_settings = _class_settings(config, arguments) if with_class else {}
+    if class_photos and with_class:
+        _warn_of_other_pictures(arguments.class_images, class_settings)
     load = partial(
         load_victim,
         arguments.model,
@@ -118,20 +144,23 @@ def run(arguments: argparse.Namespace) -> int:
     surrogate = load()
     if len(photos) < 3:
         logger.warning("%d photos: most attacks on people need at least three or four", len(photos))
-    _look_for_people(photos)
-    conditions = {"clean": photos, "protected": _protect(photos)} if arguments.protect else {"": photos}
+    has_face = _look_for_people(photos) or bool(arguments.reference)
     prompts = arguments.prompts or [config.instance_prompt]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name, memory_errors():
         folder = Path(name) / output.name
         class_images = None if class_photos is None else cut_squares(class_photos, config.resolution)
-        draws = getattr(config, "prior_loss_weight", 0) and (arguments.class_images or arguments.protect)
-        if class_images is None and draws:  # or else the attacker draws its own
-            class_images = _draw_class(surrogate, config, arguments.class_images)
+        if class_images is None and with_class and (arguments.class_images or arguments.protect):
+            class_images = _draw_class(surrogate, config, arguments.class_images, class_settings)
+        given = {"clean": photos, "protected": _protect(photos)} if arguments.protect else {"": photos}
+        device = surrogate.denoiser.device
+        conditions = {
+            name: _cut_transformed(each, transforms, config.resolution, device) for name, each in given.items()
+        }
+        del transforms  # and their models, which would take memory while another one learns
         rows, seconds = [], {}
-        for condition, given in conditions.items():
+        for condition, squares in conditions.items():
             surrogate = surrogate or load()  # the one before has learned the clean photos
-            squares = _cut_transformed(given, transform, config.resolution)
             started = time.perf_counter()
             pipeline = attacker(surrogate, squares, class_images=class_images)
             trained = time.perf_counter()
@@ -142,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
                     squares,
                     prompt,
                     arguments.count,
-                    num_inference_steps=config.num_inference_steps,
+                    num_inference_steps=steps,
                     guidance_scale=config.guidance_scale,
                     seed=config.seed,
                 )
@@ -152,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
             seconds[condition] = {"training": round(trained - started, 1), "drawing": round(finished - trained, 1)}
             if arguments.save_model:
                 attacker.save(pipeline, folder / condition / "model")
-            device, surrogate, pipeline = str(surrogate.denoiser.device), None, None
+            surrogate = pipeline = None
         save_sheet(rows, folder / "contact_sheet.png")
         record = {
             "method": arguments.method,
@@ -165,8 +194,9 @@ def run(arguments: argparse.Namespace) -> int:
             "class_images": portable_name(arguments.class_images),
             "prompts": prompts,
             "count": arguments.count,
+            "num_inference_steps": steps,
             "seconds": seconds if arguments.protect else seconds[""],
-            "device": device,
+            "device": str(device),
             "versions": provenance(),
         }
         write_json(folder / ATTACK_RECORD, record)
@@ -175,25 +205,40 @@ def run(arguments: argparse.Namespace) -> int:
         folder.rename(output)
     logger.info("wrote %s", output)
     if arguments.protect:
-        _compare(output, list(conditions), arguments.reference or arguments.photos)
+        with memory_errors():
+            _compare(output, list(conditions), arguments.reference or arguments.photos, has_face=has_face)
     return 0
 
 
-def _read_transforms(specs: list[str]):
+def _read_transforms(specs: list[str]) -> list:
     """What is to become of photos (N,3,H,W) before they are learned; ValueError for a name or JSON that is none."""
     from .transforms import build_transform
 
     try:
-        return build_transform([json.loads(spec) if spec.startswith("{") else spec for spec in specs]).eval()
+        return [build_transform(json.loads(spec) if spec.startswith("{") else spec).eval() for spec in specs]
     except json.JSONDecodeError as error:
         raise ValueError(f"--transforms {' '.join(specs)}: expected names or JSON objects, got {error}") from error
 
 
-def _cut_transformed(photos: list, transform, resolution: int):
+def _cut_transformed(photos: list, transforms: list, resolution: int, device):
+    """Photos (3,H,W) in [0,1] after all transforms, as squares (N,3,side,side) on the CPU.
+
+    Whole photos are published, so they are transformed at their own size, until a transform computes with models: that
+    one and those after it get the squares that the attacker learns, on the device.
+    """
     import torch
 
+    whole = list(itertools.takewhile(lambda transform: not transform.networks, transforms))
     with torch.no_grad():
-        return cut_squares([transform(photo[None])[0] for photo in photos], resolution)
+        for transform in whole:
+            photos = [transform(photo[None])[0] for photo in photos]
+        squares = cut_squares(photos, resolution)
+        if rest := transforms[len(whole) :]:
+            squares = squares.clamp(0, 1).to(device)  # cutting overshoots
+            for transform in rest:
+                squares = transform.to(device)(squares)
+            squares = cut_squares(squares.cpu(), resolution)  # some enlarge
+    return squares
 
 
 def _protect(photos: list) -> list:
@@ -220,8 +265,28 @@ def _read_class_photos(folder: str | None, output: Path) -> list | None:
     return read_images([path]) if path.is_dir() and any(path.iterdir()) else None
 
 
-def _draw_class(surrogate, config, folder: str | None):
+def _class_settings(config, arguments: argparse.Namespace) -> dict:
+    """What decides on the pictures of the class that a model draws, as far as it is known without loading it."""
+    from .config import portable_name
+
+    names = ("class_prompt", "num_class_images", "resolution", "num_inference_steps", "guidance_scale")
+    model = {"model": portable_name(arguments.model), "revision": arguments.revision}
+    return model | {name: getattr(config, name) for name in names}
+
+
+def _warn_of_other_pictures(folder: str, settings: dict) -> None:
+    """Warn if the pictures that a folder keeps were drawn otherwise; those without a record are somebody's own."""
+    path = Path(folder, CLASS_RECORD)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    if other := [f"{name} {kept.get(name)!r}, now {now!r}" for name, now in settings.items() if kept.get(name) != now]:
+        logger.warning(
+            "%s: its pictures were drawn with %s; name a new folder to have them drawn anew", folder, "; ".join(other)
+        )
+
+
+def _draw_class(surrogate, config, folder: str | None, settings: dict):
     """Pictures of the class (M,3,side,side) in [0,1], in 8 bits, that the model draws; a folder keeps all or none."""
+    from .config import write_json
     from .data import round_to_8_bits
     from .finetuning import draw_class_images
 
@@ -231,6 +296,7 @@ def _draw_class(surrogate, config, folder: str | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
             _save_pictures(pictures, Path(name, path.name), "class-", 0)
+            write_json(Path(name, path.name, CLASS_RECORD), settings)
             if path.is_dir():
                 path.rmdir()  # it is empty
             Path(name, path.name).rename(path)
@@ -245,12 +311,15 @@ def _save_pictures(pictures, folder: Path, prefix: str, seed: int) -> None:
         to_pil(picture).save(folder / f"{prefix}{seed + offset:04d}.png")
 
 
-def _compare(output: Path, conditions: list[str], reference: list[str]) -> None:
-    """Look for the person in what was drawn; without what that needs, say what to install."""
+def _compare(output: Path, conditions: list[str], reference: list[str], *, has_face: bool) -> None:
+    """Measure what was drawn, and if there is a face to look for, look for it; or else say what to install."""
     from .evaluate import evaluate
+    from .metrics import OFFLINE
 
+    folders = [str(output / condition) for condition in conditions]
+    metrics = [name for name in OFFLINE if has_face or name != "identity"]
     try:
-        evaluate([str(output / condition) for condition in conditions], reference, output=output / "figures.json")
+        evaluate(folders, reference, metrics=metrics, output=output / "figures.json")
     except ImportError as error:
         logger.warning("the pictures are there, their figures are not: %s", error)
 
@@ -271,7 +340,8 @@ def load_victim(
         with memory_errors():
             surrogate = load_surrogate(model, revision=revision, gradient_checkpointing=gradient_checkpointing)
     except (ValueError, OSError) as error:
-        if "text_encoder" not in str(error):
+        lacks_folder = Path(model).is_dir() and not Path(model, "text_encoder").is_dir()
+        if "text_encoder" not in str(error) and not lacks_folder:
             raise
         raise ValueError(
             f"{model}: expected a text-to-image model with a text encoder, got one whose components cannot be loaded "
@@ -288,12 +358,13 @@ def memory_errors() -> Iterator[None]:
     """Inside, running out of memory, on any device, is an OSError that says what to lower."""
     import torch
 
+    from .attackers.base import says_out_of_memory
+
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error) or "no more of it"
-        telling = any(words in text.lower() for words in ("out of memory", "allocate memory", "not enough memory"))
-        if not telling and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if not says_out_of_memory(text) and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise OSError(
             f"out of memory ({text.splitlines()[0]}); lower it with gradient checkpointing, a smaller resolution, "
@@ -320,16 +391,18 @@ def make_attacker(method: str, preset: str, changes: list[str]):
     return attacker(preset, **values)
 
 
-def _look_for_people(photos: list) -> None:
-    """Warn if the photos show no face, or those of several people; not without a detector."""
+def _look_for_people(photos: list) -> bool:
+    """Whether the photos show a face, or there is no detector to say so; warns of none, and of several people."""
     from .recognition import DlibFaces
 
     try:
         DlibFaces().reference(photos)
     except ImportError:
-        return
+        return True
     except ValueError:
         logger.warning("no face was found in %d photos; what is drawn can then not be compared with them", len(photos))
+        return False
+    return True
 
 
 def cut_squares(images: list, resolution: int):

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time both, one after the other."""
-    from .attack import cut_squares, load_victim
+    from .attack import cut_squares, load_victim, memory_errors
     from .attackers import ATTACKERS
     from .data import read_images
 
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             attacker = ATTACKERS.load(method)(**settings, **special, max_train_steps=steps)
             victim = copy.deepcopy(surrogate)
             started = time.perf_counter()
-            attacker(victim, photos, class_images=photos.flip(3), progress=False)
+            with memory_errors():
+                attacker(victim, photos, class_images=photos.flip(3), progress=False)
             took.append(time.perf_counter() - started)
         if took[-1] <= took[-2]:
             raise ValueError(

@@ -258,7 +258,7 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
         costs = [record["cost"] for record in cells if record.get("cost")]
         shown = []
         for look, form in looks:
-            values = [cost[look] for cost in costs if look in cost]
+            values = [cost[look] for cost in costs if cost.get(look) is not None]
             shown.append(form.format(statistics.mean(values)) + _share(values, costs) if values else "")
         time = f"{_seconds(cells, 'protection'):.1f} s"
         rows.append([f"protecting a person's photos: {name}", time, "", "", *shown])

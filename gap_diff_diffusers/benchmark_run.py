@@ -23,7 +23,7 @@ from typing import Any
 
 from .attack import load_victim, make_attacker, memory_errors
 from .attackers import ATTACKERS
-from .config import check_at_least_one, check_types, config_from_arguments, portable_name
+from .config import check_at_least_one, check_types, config_from_arguments, finite, portable_name
 from .metrics import METRICS, OFFLINE
 
 logger = logging.getLogger(__name__)
@@ -531,7 +531,7 @@ class _Runner:
         protected, cost = time.perf_counter(), None
         if cell["protection"] != "none":
             pairs = [(to_pixels(moved), to_pixels(photo)) for moved, photo in zip(photos, clean, strict=True)]
-            cost = {name: sum(measure(*p) for p in pairs) / len(pairs) for name, measure in self.looks.items()}
+            cost = {name: finite(sum(measure(*p) for p in pairs) / len(pairs)) for name, measure in self.looks.items()}
         for spec in (cell["publishing"], cell["purification"]):
             if spec is not None:
                 with torch.no_grad():

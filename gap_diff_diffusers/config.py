@@ -210,6 +210,11 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def finite(value: float) -> float | None:
+    """A figure as JSON can have it: None for NaN or infinity, such as the PSNR of a photo that did not change."""
+    return value if math.isfinite(value) else None
+
+
 def write_json(path: str | os.PathLike, data: object) -> None:
     """Write `data` as indented JSON, through a temporary file and a rename.
 

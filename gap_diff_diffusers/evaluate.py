@@ -117,7 +117,7 @@ def _show(result, accounting: str) -> str:
 
 
 def _warn_of_swapping(generated: Sequence[str], reference: Sequence[str]) -> None:
-    made = [Path(path) for path in reference if Path(path).is_dir() and _has_record(Path(path))]
+    made = [Path(path) for path in reference if _has_record(Path(path))]
     if made and not any(_has_record(Path(path)) for path in generated):
         logger.warning("%s was written by gap-diff attack, yet stands as the reference: swapped?", made[0])
 
@@ -132,8 +132,9 @@ def _pictures(folder: Path) -> Path:
     return folder
 
 
-def _has_record(folder: Path) -> bool:
-    return any((place / ATTACK_RECORD).is_file() for place in (folder, folder.resolve().parent))
+def _has_record(path: Path) -> bool:
+    """Whether this is in what `gap-diff attack` wrote; of a comparison, pictures lie three levels below its record."""
+    return any((place / ATTACK_RECORD).is_file() for place in (path, *path.resolve().parents[:3]))
 
 
 def _write(path: Path, rows: list[dict], references: int, accounting: str) -> None:

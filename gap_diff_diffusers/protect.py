@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .budget import budget_levels, largest_change
-from .config import choose_device, provenance, write_json
+from .config import choose_device, finite, provenance, write_json
 from .images import (
     JPEG_QUALITY,
     PHOTO_SUFFIXES,
@@ -662,19 +662,15 @@ def _measure(file: PhotoFile, saved: Photo, original: Photo, protected: Photo, s
             raise PhotoError("the saved file's transparency differs from the original's; not saved")
     else:
         file.encoding_change = largest_change(saved.pixels, protected.pixels)
-        file.encoding_psnr = _finite(psnr(saved.pixels, protected.pixels))
+        file.encoding_psnr = finite(psnr(saved.pixels, protected.pixels))
     file.largest_change = change
-    file.psnr = _finite(psnr(saved.pixels, original.pixels))
+    file.psnr = finite(psnr(saved.pixels, original.pixels))
     if settings.measure_ssim:
         file.ssim = ssim(saved.pixels, original.pixels)
 
 
 def _opacity(photo: Photo) -> np.ndarray | None:
     return None if photo.alpha is None or photo.alpha.min() == 255 else photo.alpha
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 @contextlib.contextmanager

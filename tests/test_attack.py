@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from test_attackers import IN_PROCESS
 from test_benchmark_surrogate import model  # noqa: F401
 from test_metrics import ASTRONAUT
 
-from gap_diff_diffusers.attack import memory_errors
+from gap_diff_diffusers.attack import cut_squares, memory_errors
 from gap_diff_diffusers.cli import main
+from gap_diff_diffusers.config import BUNDLED_FACE_MODEL
+from gap_diff_diffusers.data import read_images, to_pixels
 from gap_diff_diffusers.metrics import METRICS, OFFLINE
 from gap_diff_diffusers.metrics.base import Metric, MetricResult
+from gap_diff_diffusers.transforms import build_transform
 
 QUICK = ["resolution=64", "max_train_steps=1", "num_class_images=2", "num_inference_steps=2"]
 
@@ -47,15 +51,18 @@ def test_attack_writes_pictures_a_sheet_and_how_they_were_made(model, person, tm
 
 def test_attack_is_repeatable_and_other_photos_give_other_pictures(model, person, photos, tmp_path):  # noqa: F811
     pictures = []
-    for index, folder in enumerate((person, person, photos)):
+    for index, (folder, *steps) in enumerate(((person,), (person,), (photos,), (person, "--steps", "3"))):
         out = tmp_path / f"out{index}"
-        options = ["--count", "1", "--set", *QUICK, "learning_rate=0.01"]
+        options = ["--count", "1", "--set", *QUICK, "learning_rate=0.01", *steps]
         assert main(["attack", str(folder), "-o", str(out), "--model", model, *options]) == 0
         pictures.append(np.asarray(Image.open(out / "pictures" / "0-0000.png")))
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
+    assert (pictures[0] != pictures[3]).any()
+    record = json.loads((out / "attack.json").read_text())  # of learning they change nothing
+    assert record["num_inference_steps"] == 3 and record["config"]["num_inference_steps"] == 2
 
 
-def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, capsys):  # noqa: F811
+def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, capsys, caplog):  # noqa: F811
     out, drawn = tmp_path / "out", tmp_path / "class"
     command = ["attack", str(person), "--model", model, "--count", "2", "--set", *QUICK, "learning_rate=0.01"]
     command += ["--class-images", str(drawn)]
@@ -70,10 +77,16 @@ def test_attack_compares_clean_and_protected_photos(model, person, tmp_path, cap
     assert (clean != protected).any()
     assert StableDiffusionPipeline.from_pretrained(out / "protected" / "model")
     assert Image.open(out / "contact_sheet.png").size == (3 * 64, 4 * (64 + 20))
-    assert len(list(drawn.iterdir())) == 2  # for the next time:
+    assert len(list(drawn.glob("*.png"))) == 2  # for the next time:
     assert main([*command, "-o", str(tmp_path / "alone")]) == 0
     alone = np.asarray(Image.open(tmp_path / "alone" / "pictures" / "0-0001.png")).astype(int)
     assert (alone == clean).all()  # the clean half is what the attack alone does
+    assert "pictures were drawn with" not in caplog.text
+    other = ["--set", *QUICK, "num_class_images=3", "--device", "abacus", "-o", str(tmp_path / "other")]
+    assert main([*command, *other]) == 2
+    assert f"{drawn}: its pictures were drawn with num_class_images 2, now 3;" in caplog.text
+    main(["evaluate", str(person), "--reference", str(out / "clean" / "pictures"), "--metrics", "brisque"])
+    assert "swapped" in caplog.text
     assert main(["evaluate", str(out), "--reference", str(person)]) == 2
     assert f"name {out / 'clean'}, {out / 'protected'}" in capsys.readouterr().err
 
@@ -88,6 +101,36 @@ def test_attack_learns_what_the_transforms_leave(model, person, tmp_path):  # no
         pictures.append(np.asarray(Image.open(out / "contact_sheet.png"))[20:84, :64])
         assert json.loads((out / "attack.json").read_text())["transforms"] == transforms
     assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
+
+
+def test_models_purify_the_squares_that_are_learned_and_what_comes_before_whole_photos(model, person, tmp_path):  # noqa: F811
+    jpeg, model_spec = {"name": "jpeg", "quality": 30}, {"name": "diffpure", "model": model, "steps": 1}
+    command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--count", "1"]
+    command += ["--method", "sdedit", "--set", "resolution=64", "num_inference_steps=4"]
+    assert main([*command, "--transforms", json.dumps(jpeg), json.dumps(model_spec)]) == 0
+    compressed = [build_transform(jpeg).eval()(photo[None])[0] for photo in read_images([person])]
+    purified = build_transform(model_spec).eval()(cut_squares(compressed, 64).clamp(0, 1))
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))[20:84]
+    assert np.abs(sheet - np.concatenate([to_pixels(square) for square in purified], axis=1).astype(int)).max() <= 1
+
+
+def test_attack_measures_what_it_can_without_a_face(model, photos, person, tmp_path, caplog, capsys):  # noqa: F811
+    command = ["attack", "--model", model, "--method", "sdedit", "--count", "1", "--protect"]
+    command += ["--set", "resolution=64", "num_inference_steps=4", "-o", str(tmp_path / "out")]
+    faceless = [str(photos / "0.png"), str(photos / "2.png")]
+    assert main([*command, str(person), "--reference", *faceless]) == 2
+    assert "expected a face to look for in --reference" in capsys.readouterr().err
+    assert main([*command, *faceless]) == 0
+    assert "2 photos: most attacks" in caplog.text and "no face was found in 2 photos" in caplog.text
+    table = capsys.readouterr().out
+    assert "BRISQUE" in table and "SER-FIQ" in table and "FDFR" not in table
+
+
+def test_attack_warns_of_two_people(model, person, tmp_path, caplog):  # noqa: F811
+    command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--method", "instruct-pix2pix"]
+    assert main(command) == 2 and "people" not in caplog.text  # the model is none for that, which is found out later
+    Image.open(BUNDLED_FACE_MODEL / "figures" / "samples.png").crop((0, 0, 256, 256)).save(person / "3.png")
+    assert main(command) == 2 and "the faces of 4 photos may be of 2 people" in caplog.text
 
 
 @pytest.mark.parametrize("method", IN_PROCESS)
@@ -123,6 +166,12 @@ def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: 
         ([*base, "--set", "max_train_steps=0"], "max_train_steps of at least 1"),
         ([*base, "--preset", "medium"], "weak, strong"),
         ([*base, "--count", "0"], "--count"),
+        ([*base, "--steps", "0"], "--steps"),
+        ([*base, "--diffusers-examples", str(tmp_path)], "for the methods official:..., got dreambooth"),
+        (
+            [*base, "--method", "official:lora", "--diffusers_examples", str(tmp_path / "empty")],
+            f"train_dreambooth_lora.py in {tmp_path / 'empty'}, found none",
+        ),
         ([*base, "--class-images", str(tmp_path / "out" / "class")], "outside of the output"),
         ([*base, "--class-images", str(person / "0.png")], "expected a folder of pictures"),
         ([*base, "--method", "sdedit", "--set", "prior_loss_weight=1"], "with one of"),
@@ -139,6 +188,11 @@ def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: 
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    shutil.rmtree(tmp_path / "model" / "text_encoder")
+    assert main(base) == 2 and "expected a text-to-image model with a text encoder" in capsys.readouterr().err
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": [None, None]}))
+    assert main(base) == 2 and "expected a text-to-image model with a text encoder" in capsys.readouterr().err
 
 
 def test_evaluate_tells_the_person_from_others(person, tmp_path, capsys):
@@ -196,8 +250,9 @@ def test_evaluate_reads_what_attack_drew_and_warns_if_swapped(model, person, tmp
     assert main(command) == 0
     assert json.loads(output.read_text())["rows"][0]["pictures"] == 2  # neither the sheet nor the photos on it
     assert "swapped" not in caplog.text
-    main(["evaluate", str(person), "--reference", str(out), "--metrics", "brisque"])
-    assert "swapped" in caplog.text
+    for reference in (out, out / "pictures" / "0-0000.png"):
+        main(["evaluate", str(person), "--reference", str(reference), "--metrics", "brisque"])
+        assert f"{reference} was written by gap-diff attack, yet stands as the reference: swapped?" in caplog.text
 
 
 def test_what_evaluate_refuses(person, tmp_path, capsys):

@@ -315,6 +315,24 @@ def test_a_person_without_a_face_is_named_before_any_attack(command, people, tmp
     assert "second/set_C: expected a face" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
+def test_a_protection_that_changes_nothing_has_no_psnr(command, make_pipeline, tmp_path):
+    config = CONFIG | {
+        "conditions": [{"protection": "gap-diff"}],
+        "prompts": ["a photo of {}"],
+        "metrics": ["brisque"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    idle = make_pipeline()
+    for weight in idle.generator.parameters():
+        weight.data.zero_()
+    idle.save_pretrained(tmp_path / "idle")
+    assert main([*command, "--only", "first", "--checkpoint", str(tmp_path / "idle")]) == 0
+    (cell,) = (tmp_path / "results").iterdir()
+    cost = json.loads(cell.read_text())["cost"]
+    assert cost["psnr"] is None and cost["ssim"] == pytest.approx(1)
+    assert "| 1.000 |" in benchmark_report.to_markdown([json.loads(cell.read_text())])
+
+
 def test_two_people_in_one_folder_are_warned_of(people, caplog):
     faces = DlibFaces()
     benchmark_run.warn_of_people(people / "first" / "set_B", faces)

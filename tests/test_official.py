@@ -18,6 +18,7 @@ from test_finetuning import changed, weights
 from test_surrogates_diffusion import sdxl
 
 from gap_diff_diffusers import StableDiffusionXLSurrogate, download
+from gap_diff_diffusers.attack import memory_errors
 from gap_diff_diffusers.attackers import ATTACKERS, official
 from gap_diff_diffusers.cli import main
 from gap_diff_diffusers.finetuning import DreamBooth, DreamBoothConfig
@@ -29,14 +30,17 @@ CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
 
 SCRIPT = """
 import argparse, json, os, pathlib, sys
-from diffusers import StableDiffusionPipeline
 parser = argparse.ArgumentParser()
 for name in ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir", "learning_rate"):
     parser.add_argument("--" + name)
 known, rest = parser.parse_known_args()
 print("noise on standard output")
+print("what it says", file=sys.stderr, flush=True)
+if float(known.learning_rate) > 2:
+    os.kill(os.getpid(), 9)
 if float(known.learning_rate) > 1:
     sys.exit("the learning rate is too high")
+from diffusers import StableDiffusionPipeline
 steps = int(rest[rest.index("--max_train_steps") + 1])
 sum(range(5_000_000 * steps))  # more steps take longer
 pipeline = StableDiffusionPipeline.from_pretrained(known.pretrained_model_name_or_path)
@@ -70,10 +74,15 @@ def test_a_script_gets_clean_photos_and_its_settings(surrogate, images, checkout
     assert told["--adam_weight_decay"] == "0.01" and told["--max_grad_norm"] == "1.0"
 
 
-def test_what_a_script_says_before_it_fails_is_the_error(surrogate, images, checkout):
+def test_what_a_script_says_before_it_fails_is_the_error(surrogate, images, checkout, capsys):
     attacker = ATTACKERS.load("official:dreambooth")(diffusers_examples=str(checkout), learning_rate=2.0, **SETTINGS)
     with pytest.raises(OSError, match="exit code 1: the learning rate is too high"):
         attacker(surrogate, images, class_images=images[:2], progress=False)
+    assert "what it says" not in capsys.readouterr().err
+    attacker = ATTACKERS.load("official:dreambooth")(diffusers_examples=str(checkout), learning_rate=3.0, **SETTINGS)
+    with pytest.raises(OSError, match=r"out of memory \(train_dreambooth.py was killed.*lower it"), memory_errors():
+        attacker(surrogate, images, class_images=images[:2])
+    assert "what it says" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -100,6 +100,11 @@ class Attacker(ABC):
         pipeline.save_pretrained(folder)
 
 
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text is how torch, on any device, says that memory ran out."""
+    return any(words in text.lower() for words in ("out of memory", "allocate memory", "not enough memory"))
+
+
 class TrainingAttacker(Attacker):
     """An attacker whose `learning` is a `DreamBooth`, or one that learns other weights."""
 

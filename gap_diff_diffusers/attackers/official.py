@@ -6,6 +6,7 @@ few files of one of the `RELEASES`; a script needs a diffusers as new as itself 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import logging
 import os
@@ -27,7 +28,7 @@ from ..data import to_pil
 from ..download import cache_folder, fetch_file
 from ..finetuning import FACE_MODEL_SETTINGS, DreamBoothConfig, center_square, draw_class_images
 from ..surrogates.base import DiffusionSurrogate
-from .base import Attacker, check_draws
+from .base import Attacker, check_draws, says_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,12 @@ class OfficialConfig(DreamBoothConfig):
 
 
 class OfficialAttacker(Attacker):
-    """One script: what it is told, and how diffusers loads what it writes."""
+    """One script: what it is told, and how diffusers loads what it writes.
+
+    Raises, besides what every attacker does, when called:
+        MemoryError: the script said that memory ran out, or was killed, as systems do then.
+        OSError: it failed otherwise.
+    """
 
     config_class = OfficialConfig
     script: ClassVar[str]
@@ -137,20 +143,16 @@ class OfficialAttacker(Attacker):
             command += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
             command += ["--mixed_precision", config.mixed_precision, str(script), *self.flags(workspace, config)]
             logger.info("running %s", script)
-            errors = None if progress else subprocess.PIPE
-            done = subprocess.run(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                text=True,
-                cwd=workspace,
-                env=_environment(surrogate.denoiser.device),
-            )
-            if done.returncode:
+            environment = _environment(surrogate.denoiser.device)
+            code, said = _run(command, show=progress, cwd=workspace, env=environment)
+            if code:
                 # What the script said last stands before the launcher's own traceback.
-                said = (done.stderr or "").rpartition("Traceback (most recent call last)")[0]
-                why = (said.strip().splitlines() or ["what it said stands above"])[-1]
-                raise OSError(f"{script.name} ended with exit code {done.returncode}: {why}")
+                lines = said.rpartition("Traceback (most recent call last)")[0].strip().splitlines()
+                if code == -9 or "Signals.SIGKILL" in said:  # the launcher, or what it launched
+                    raise MemoryError(f"{script.name} was killed, as systems do when memory runs out")
+                if telling := [line for line in lines if says_out_of_memory(line)]:
+                    raise MemoryError(f"{script.name}: {telling[-1]}")
+                raise OSError(f"{script.name} ended with exit code {code}: {(lines or ['it said nothing'])[-1]}")
             return self.load(surrogate, workspace / "result")
 
     @classmethod
@@ -329,6 +331,23 @@ class OfficialCustomDiffusion(OfficialAttacker):
             weights[place].data.copy_(value)
         surrogate.pipeline.load_textual_inversion(folder / f"{self.config.rare_token}.safetensors")
         return surrogate.pipeline
+
+
+def _run(command: list[str], *, show: bool, **options: Any) -> tuple[int, str]:
+    """Run a command to its end: its exit code, and the last of its standard error, which can be shown as it comes."""
+    said, decode = "", codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as process:
+        try:
+            while part := process.stderr.read1():
+                text = decode(part)
+                said = (said + text)[-50_000:]
+                if show:
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, said
 
 
 def _environment(device: torch.device) -> dict[str, str]:
