@@ -2,7 +2,7 @@
 
 A cell is a protection with its budget, what happens to photos after it, an attacker, a prompt, a person and a seed.
 Its file is named after its settings, so only cells that are missing are run, an interrupted run goes on where it was,
-and several machines can share a folder (`--shard`).
+and several machines can share a folder (`--shard`), or several GPUs (`accelerate launch`).
 
 For every person a folder with `set_B`, the photos that are published and that the attacker learns, and `set_C`, clean
 ones to compare with (the protocol of Anti-DreamBooth and GAP-Diff); for ASPL also `set_A`, the protector's own.
@@ -137,41 +137,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER|ID", help="another model than the config's")
     parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="another checkpoint of gap-diff than the config's")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="people to measure (default: all)")
-    parser.add_argument("--shard", metavar="I/N", help="the I-th of N parts of the cells, from 1/N to N/N")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="the I-th of N parts of the cells, from 1/N to N/N (default: all; under accelerate launch --num_processes N "
+        "-m gap_diff_diffusers benchmark run ..., one part for each process, on a GPU of its own)",
+    )
     parser.add_argument("--pictures", metavar="FOLDER", help="save what was drawn, a picture a cell; not for show")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda if there is one, else cpu)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what is missing; a cell that fails is named, and does not stop the others."""
+    """Run what is missing; a cell that fails is named, and does not stop the others.
+
+    Returns:
+        1 if one failed; yet 0 of one of several processes that were launched together, for the launcher stops all when
+        one of them fails.
+    """
     config = load_config(arguments)
     found = find_people(arguments.people, arguments.only, needs_own=_has(config, "aspl"))
     people = {person.name: person for person in (found if arguments.only else found[: config.people])}
     results = Path(arguments.output)
     check_results(results)
     index, count = read_shard(arguments.shard)
+    launched = arguments.shard is None and count > 1
     runner = _Runner(config, people, results, arguments)
     groups = all_groups(config, runner.inputs)[index::count]
     groups = missing(groups, results)
     results.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
 
-    failed = 0
+    done = failed = 0
     for cells in tqdm(groups, desc="attacks", disable=not sys.stderr.isatty()):
         if not missing([cells], results):  # another process was faster
             continue
         try:
             with memory_errors():
                 runner.run(cells)
+            done += 1
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-            if "CUDA error" in str(error):  # after which nothing else works in this process
+            broken = "CUDA error" in str(error)  # after which nothing else works in this process
+            if broken and not launched:
                 raise
             failed += 1
             logger.error("%s, %s: %s", cells[0]["person"], cells[0]["method"], error)
-    done = sum(1 for _ in results.glob("*.json"))
-    text = f"{len(groups) - failed} attacks run, {failed} failed, {done} cells in {results}"
+            if broken:
+                logger.error("process %d of %d stops; run the command again for what is missing", index + 1, count)
+                break
+    written = sum(1 for _ in results.glob("*.json"))
+    text = f"{done} attacks run, {failed} failed, {written} cells in {results}"
     sys.stdout.write(f"{text}; gap-diff benchmark report {results}\n")
-    return 1 if failed else 0
+    return 1 if failed and not launched else 0
 
 
 def load_config(arguments: argparse.Namespace) -> BenchmarkConfig:
@@ -264,13 +280,17 @@ def missing(groups: list[list[dict[str, Any]]], results: Path) -> list[list[dict
 def read_shard(shard: str | None) -> tuple[int, int]:
     """Which of how many parts of the cells, from 0: what `--shard I/N` says, or this process of `accelerate launch`.
 
-    The latter also gives each process a GPU of its own, so it comes before any model is loaded.
+    The latter also gives each process a GPU of its own, so it comes before any model is loaded. The processes do not
+    speak to each other, so none waits for another's, and a slow one is given up by nobody.
     """
     if shard is None:
-        from accelerate import PartialState
+        import torch
+        from accelerate.utils import get_cpu_distributed_information
 
-        state = PartialState()
-        return state.process_index, state.num_processes
+        launched = get_cpu_distributed_information()  # what the launcher says, of GPUs as well
+        if launched.world_size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
+        return launched.rank, launched.world_size
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ValueError(f"expected --shard I/N from 1/N to N/N, got {shard}")

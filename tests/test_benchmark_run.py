@@ -140,6 +140,17 @@ def test_shards_share_the_cells(command, tmp_path, capsys):
         assert "--shard I/N" in capsys.readouterr().err
 
 
+def test_launched_processes_share_the_cells(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert benchmark_run.read_shard(None) == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert benchmark_run.read_shard(None) == (2, 4)  # at once: it waits for no other process
+    assert benchmark_run.read_shard("2/3") == (1, 3)
+
+
 def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
     results = tmp_path / "results"
     process = subprocess.Popen([sys.executable, "-m", "gap_diff_diffusers", *command], env=os.environ)
@@ -251,7 +262,7 @@ def test_aspl_expects_a_dreambooth_of_its_own(tmp_path):
     assert len(set(names)) == len(names)
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, caplog):
+def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, caplog, monkeypatch):
     attackers = [{"method": "dreambooth", "set": QUICK | {"learning_rate": rate}} for rate in (1e30, 1e-3)]
     conditions = [{"protection": "none"}]
     attackers[0]["set"] = attackers[0]["set"] | {"max_train_steps": 4}
@@ -259,6 +270,10 @@ def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, c
     assert main(command) == 1
     assert "2 attacks run, 2 failed, 4 cells" in capsys.readouterr().out
     assert "lower the learning rate" in caplog.text
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*command, "--only", "first"]) == 0  # of one of several processes 1 would make the launcher stop all
+    assert "0 attacks run, 1 failed, 4 cells" in capsys.readouterr().out
 
 
 def test_weights_are_told_apart_wherever_they_are():
