@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import re
 import statistics
 import sys
@@ -18,6 +19,11 @@ from . import benchmark_printed as printed
 from .config import table
 from .metrics.paper import FIGURES, paper_mean, without_backend
 
+logger = logging.getLogger(__name__)
+
+CELL_FORMAT = 1
+"""Of the files of cells, which have it as `format` (1 where they lack it): raised when old and new ones no longer
+compare, because a figure is computed otherwise or a key means something else."""
 RESAMPLES = 2000
 CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification", "transform_weights")
 """What of a cell says what was done to the photos."""
@@ -58,20 +64,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def read_cell(path: Path) -> dict[str, Any]:
+    """What `gap-diff benchmark run` wrote of a cell; ValueError for another file, or a cell of another format."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["versions"]["gap_diff_diffusers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+    if (found := record.get("format", 1)) != CELL_FORMAT:
+        raise ValueError(
+            f"{path}: expected a cell of format {CELL_FORMAT}, got one of {found}, by version {version}; report it "
+            "with that version, or run the benchmark anew into another folder"
+        )
+    return record
+
+
 def load_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """All cells in a folder, by name.
+    """All cells in a folder, by name. It warns if another version of the package wrote them.
 
     Raises:
-        ValueError: there is none, a file is something else, or they are of several versions of the package, or of one
-            that wrote other cells.
+        ValueError: there is none, a file is something else, or they are of several versions of the package, or of
+            another format than this one's.
     """
     records, first_of = [], {}
     for path in sorted(Path(folder).glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record["versions"]["gap_diff_diffusers"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+        record = read_cell(path)
+        version = record["versions"]["gap_diff_diffusers"]
         if not {"cell", "figures", "seconds", "peak_memory_gb"} <= set(record):
             raise ValueError(
                 f"{path}: expected a cell as version {__version__} writes it, got one of {version}; report it with "
@@ -87,6 +105,8 @@ def load_cells(folder: str | Path) -> list[dict[str, Any]]:
             f"{folder}: expected cells of one version, which alone compare, got {found}; put those of each into a "
             "folder of their own"
         )
+    if version != __version__:
+        logger.warning("%s: cells of version %s, reported by version %s", folder, version, __version__)
     return records
 
 

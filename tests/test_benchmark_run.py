@@ -84,6 +84,7 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     cells = {path.name: path.read_bytes() for path in results.iterdir()}
     assert len(cells) == 12 == len(list((tmp_path / "pictures").iterdir()))
     record = json.loads(next(iter(cells.values())))
+    assert record["format"] == 1 and "peak_memory_gb" not in (record["cost"] or {})  # which is of a GPU
     assert record["cell"]["attack"]["max_train_steps"] == 1 and record["cell"]["model"] == "model"
     assert record["figures"]["FDFR"]["values"] == [1.0, 1.0]  # noise has no face
     costs = [json.loads(content)["cost"] for content in cells.values()]
@@ -121,13 +122,22 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     assert len(rows) == 12 * len(record["figures"])
 
 
-def test_aspl_is_a_protection_too(command, tmp_path, monkeypatch):
+def test_aspl_is_a_protection_too(command, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(anti_dreambooth, "ASPLConfig", partial(ASPLConfig, rounds=1, pgd_steps=1, surrogate_steps=1))
-    (tmp_path / "config.json").write_text(
-        json.dumps(CONFIG | {"conditions": [{"protection": ["none", "aspl"]}], "aspl": {"set": QUICK}})
-    )
+    config = CONFIG | {"conditions": [{"protection": ["none", "aspl"]}], "aspl": {"set": QUICK}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert main([*command, "--only", "second", "--pictures", str(tmp_path / "pictures")]) == 0
     assert len({path.read_bytes() for path in (tmp_path / "pictures").iterdir()}) == 4
+    assert "second/set_B: one photo" in caplog.text
+
+    written = sorted((tmp_path / "results").iterdir())  # with less memory a cell has the same name, and figures
+    first = json.loads(written[0].read_text())
+    written[0].unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"gradient_checkpointing": True}))
+    assert main([*command, "--only", "second"]) == 0
+    again = json.loads(written[0].read_text())
+    assert again["figures"]["FDFR"] == first["figures"]["FDFR"]
+    assert again["gradient_checkpointing"] and not first["gradient_checkpointing"]
 
 
 def test_shards_share_the_cells(command, tmp_path, capsys):
@@ -374,7 +384,7 @@ print(json.dumps([before, peak_memory_gb(device), peak_memory_gb(device, of_scri
     assert own < before + 0.3 <= of_script
 
 
-def test_results_of_another_version_are_refused(command, tmp_path, capsys):
+def test_results_of_another_version_are_refused(command, tmp_path, capsys, caplog):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "a.json").write_text(json.dumps({"versions": {"gap_diff_diffusers": "0.0.1"}}))
     assert main(command) == 2
@@ -391,6 +401,14 @@ def test_results_of_another_version_are_refused(command, tmp_path, capsys):
     assert "got another file" in capsys.readouterr().err
     assert main(["benchmark", "report", str(tmp_path / "config.json")]) == 2
     assert "found none" in capsys.readouterr().err
+    (tmp_path / "results" / "a.json").unlink()
+    assert len(benchmark_report.load_cells(tmp_path / "results")) == 1
+    assert f"cells of version 0.0.2, reported by version {__version__}" in caplog.text
+    cell = record("b", 1.0) | {"format": 2, "versions": {"gap_diff_diffusers": __version__}}
+    (tmp_path / "results" / "b.json").write_text(json.dumps(cell))
+    for arguments in (command, ["benchmark", "report", str(tmp_path / "results")]):
+        assert main(arguments) == 2
+        assert "b.json: expected a cell of format 1, got one of 2" in capsys.readouterr().err
 
 
 def test_people_that_are_not_there_are_named(people):
@@ -605,6 +623,16 @@ def test_the_weights_of_a_purifier_are_part_of_the_cell_and_paths_are_not(tmp_pa
         names.append({benchmark_run.cell_path(tmp_path, cell).name for cell in cells})
         assert str(tmp_path) not in json.dumps(cells)
     assert len(names[0] & names[1]) == len(names[0]) / 2  # those of the cleaner, which has none
+
+
+def test_models_of_one_name_are_not_taken_for_each_other(tmp_path):
+    specs = [{"name": "diffpure", "model": str(tmp_path / place / "model")} for place in ("a", "b")]
+    choices = [{"name": "random_choice", "choices": [spec]} for spec in specs]
+    for one, other in (specs, choices, ([specs[0]], [specs[1]])):
+        with pytest.raises(ValueError, match="models of different names"):
+            make_config(conditions=[{"publishing": one}, {"purification": other}])
+    (cell, *_) = all_cells(make_config(conditions=[{"purification": choices[:1]}]), INPUTS)
+    assert cell["purification"] == {"name": "random_choice", "choices": [{"name": "diffpure", "model": "model"}]}
 
 
 def test_curves_are_drawn_where_there_are_several_points(tmp_path):
