@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .benchmark_report import (
+    AFTER,
+    CONDITION,
+    PROTECTION,
     bootstrap_interval,
     describe,
+    describe_after,
     describe_protection,
-    describe_transform,
     groups_of,
     named,
     person_means,
+    told_apart,
 )
 from .transforms import PUBLISHING
 
@@ -71,7 +76,7 @@ def draw_grids(records: Sequence[Mapping[str, Any]], pictures: Path, folder: Pat
     from .data import save_sheet, to_tensor
 
     written = []
-    for number, (_, conditions) in enumerate(groups_of(records), start=1):
+    for number, (title, conditions) in enumerate(groups_of(records), start=1):
         people = sorted({record["cell"]["person"] for cells in conditions.values() for record in cells})
         for person in people:
             rows = []
@@ -86,7 +91,7 @@ def draw_grids(records: Sequence[Mapping[str, Any]], pictures: Path, folder: Pat
                 rows.append((label, torch.stack(to_tensor(row).split(side, dim=2))))
             if rows:
                 written.append(folder / f"pictures-{number}-{person}.png")
-                save_sheet(rows, written[-1], SHOWN)
+                save_sheet(rows, written[-1], SHOWN, title=f"{person}: {title}")
     if not written:
         raise ValueError(
             f"{pictures}: expected pictures of these cells, found none; benchmark run --pictures saves them"
@@ -159,16 +164,24 @@ def _save(plot, title: str, path: Path) -> Path:
     return path
 
 
-def _curves(places: Iterable[tuple[str, float | None, Mapping[str, Any]]]) -> dict[str, dict[float | None, list]]:
-    """{name: {x: cells}} of those names that have several values of x, besides 0 and None."""
+Place = tuple[str, str, float | None, Mapping[str, Any]]
+"""Of a cell in a plot: the settings of its curve, what that is called, x, and the cell."""
+
+
+def _curves(places: Iterable[Place]) -> dict[str, dict[float | None, list]]:
+    """{name: {x: cells}} of those curves that have several values of x, besides 0 and None."""
+    names: dict[str, str] = {}
     curves: dict[str, dict[float | None, list]] = {}
-    for name, x, record in places:
-        curves.setdefault(name, {}).setdefault(x, []).append(record)
-    return {name: points for name, points in curves.items() if sum(bool(x) for x in points) > 1}
+    for key, name, x, record in places:
+        names[key] = name
+        curves.setdefault(key, {}).setdefault(x, []).append(record)
+    curves = {key: points for key, points in curves.items() if sum(bool(x) for x in points) > 1}
+    return {name: curves[key] for key, name in told_apart({key: names[key] for key in curves}).items()}
 
 
-def _over_jpeg(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float | None, Mapping[str, Any]]]:
-    """What was done besides, and the quality, of cells whose photos were published as a JPEG or, None, as they are."""
+def _over_jpeg(records: Iterable[Mapping[str, Any]]) -> Iterator[Place]:
+    """The quality of cells whose photos were published as a JPEG or, None, as they are; a curve for what was done
+    besides."""
     for record in records:
         cell = record["cell"]
         spec = cell["publishing"]
@@ -177,17 +190,23 @@ def _over_jpeg(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, floa
             spec = None if preset.quality is None else {"name": "jpeg", "quality": preset.quality}
         is_jpeg = isinstance(spec, dict) and spec["name"] == "jpeg" and set(spec) == {"name", "quality"}
         if spec is None or (is_jpeg and not isinstance(spec["quality"], list)):  # which is a range
-            yield describe({**cell, "publishing": None}), spec and spec["quality"], record
+            besides = {**cell, "publishing": None}
+            yield _settings(besides, CONDITION), describe(besides), spec and spec["quality"], record
 
 
-def _over_budget(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    """What was done, and the levels; clean photos, with 0 levels, belong to every protection."""
-    names = {name for record in records if (name := _without_levels(record["cell"]))}
-    for record in records:
-        cell, name = record["cell"], _without_levels(record["cell"])
-        rest = [describe_transform(cell[key]) for key in ("publishing", "purification") if cell[key] is not None]
-        for protection in [name] if name else sorted(names):
-            yield ", then ".join([protection, *rest]), cell["levels"] if name else 0, record
+def _over_budget(records: Sequence[Mapping[str, Any]]) -> Iterator[Place]:
+    """The levels, a curve for what was done; clean photos, with 0 levels, belong to every protection."""
+    cells = [record["cell"] for record in records]
+    protections = {_settings(cell, PROTECTION): name for cell in cells if (name := _without_levels(cell))}
+    for record, cell in zip(records, cells, strict=True):
+        name = _without_levels(cell)
+        for key, protection in {_settings(cell, PROTECTION): name}.items() if name else sorted(protections.items()):
+            label = ", then ".join([protection, *describe_after(cell)])
+            yield key + _settings(cell, AFTER), label, cell["levels"] if name else 0, record
+
+
+def _settings(cell: Mapping[str, Any], names: Sequence[str]) -> str:
+    return json.dumps([cell.get(name) for name in names])
 
 
 def _without_levels(cell: Mapping[str, Any]) -> str | None:

@@ -5,11 +5,13 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,65 @@ from . import benchmark_printed as printed
 from .config import table
 from .metrics.paper import FIGURES, paper_mean, without_backend
 
+logger = logging.getLogger(__name__)
+
+CELL_FORMAT = 1
+"""Of the files of cells, which have it as `format` (1 where they lack it): raised when old and new ones no longer
+compare, because a figure is computed otherwise or a key means something else."""
 RESAMPLES = 2000
-CONDITION = ("protection", "levels", "protection_settings", "publishing", "purification", "transform_weights")
+PROTECTION = ("protection", "protection_settings")
+AFTER = ("publishing", "purification", "transform_weights")
+CONDITION = ("protection", "levels", "protection_settings", *AFTER)
 """What of a cell says what was done to the photos."""
+MODEL = ("model", "model_weights")
+"""What of it says which model was attacked."""
 OF_PERSON = ("own_photos", "person", "photos", "seed")
 """And what figures are averaged over."""
 OF_DRAWING = ("count", "num_inference_steps", "guidance_scale")
 """And how pictures were drawn with what was learned."""
 
 
+@dataclass(frozen=True)
+class Number:
+    """What is behind a figure of a table.
+
+    Attributes:
+        value: the mean over people, or as the table's title says; a share is from 0 to 1.
+        interval: of the mean; None if there is none.
+        people: how many the mean is over; None if it is no such mean.
+        name: what follows the column's name, as ", s".
+        printed: whether the paper says so.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    people: int | None = None
+    name: str = ""
+    printed: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands in a table's row and column, and its numbers."""
+
+    text: str
+    numbers: tuple[Number, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its rows are a name and, for each further column, an entry or mere text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str | Entry]]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="RESULTS", help="folder of cells that gap-diff benchmark run wrote")
-    parser.add_argument("--output", metavar="FOLDER", help="also write report.md, report.csv and plots there")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="also write report.md, report.csv, tables.csv and plots there"
+    )
     parser.add_argument(
         "--pictures", metavar="FOLDER", help="what benchmark run --pictures saved, to make grids of in --output"
     )
@@ -43,12 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pictures and not arguments.output:
         raise ValueError("expected --output, where to write the grids of --pictures, got none")
     records = load_cells(arguments.results)
-    text = "\n".join(filter(None, [to_markdown(records), papers_tables(records)]))
+    tables, papers = make_tables(records), make_papers_tables(records)
+    text = tables_to_markdown([*tables, *papers])
     sys.stdout.write(text)
     if arguments.output:
         folder = Path(arguments.output)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.csv", to_csv(records).encode())
+        write_atomically(folder / "tables.csv", tables_to_csv([*tables, *papers]).encode())
         write_atomically(folder / "report.md", text.encode())
         plots = draw_plots(records, folder)
         if arguments.pictures:
@@ -58,20 +109,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def read_cell(path: Path) -> dict[str, Any]:
+    """What `gap-diff benchmark run` wrote of a cell; ValueError for another file, or a cell of another format."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["versions"]["gap_diff_diffusers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+    if (found := record.get("format", 1)) != CELL_FORMAT:
+        raise ValueError(
+            f"{path}: expected a cell of format {CELL_FORMAT}, got one of {found}, by version {version}; report it "
+            "with that version, or run the benchmark anew into another folder"
+        )
+    return record
+
+
 def load_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """All cells in a folder, by name.
+    """All cells in a folder, by name. It warns if another version of the package wrote them.
 
     Raises:
-        ValueError: there is none, a file is something else, or they are of several versions of the package, or of one
-            that wrote other cells.
+        ValueError: there is none, a file is something else, or they are of several versions of the package, or of
+            another format than this one's.
     """
     records, first_of = [], {}
     for path in sorted(Path(folder).glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record["versions"]["gap_diff_diffusers"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+        record = read_cell(path)
+        version = record["versions"]["gap_diff_diffusers"]
         if not {"cell", "figures", "seconds", "peak_memory_gb"} <= set(record):
             raise ValueError(
                 f"{path}: expected a cell as version {__version__} writes it, got one of {version}; report it with "
@@ -87,10 +150,17 @@ def load_cells(folder: str | Path) -> list[dict[str, Any]]:
             f"{folder}: expected cells of one version, which alone compare, got {found}; put those of each into a "
             "folder of their own"
         )
+    if version != __version__:
+        logger.warning("%s: cells of version %s, reported by version %s", folder, version, __version__)
     return records
 
 
 def to_markdown(records: list[dict[str, Any]]) -> str:
+    """The tables of the cells alone, without what the paper prints."""
+    return tables_to_markdown(make_tables(records))
+
+
+def make_tables(records: list[dict[str, Any]]) -> list[Table]:
     """A table for each model, attacker and prompt, a row for each condition: means over people, and their interval."""
     tables = []
     for title, conditions in groups_of(records):
@@ -101,15 +171,15 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
         for condition, of_condition in conditions.items():
             count = len({record["cell"]["person"] for record in of_condition})
             rows.append([condition, str(count), *(_show(of_condition, figure) for figure in figures)])
-        title += f": mean over people (95 % interval, bootstrap over {len(people)} people)"
-        tables.append(table(title, ["photos", "people", *figures], rows))
+        whole = f"{title}: mean over people (95 % interval, bootstrap over {len(people)} people)"
+        tables.append(Table(whole, ["photos", "people", *figures], rows))
         for figure in named(figures, "recognised"):
             each = [
                 [condition, *(_of_person(of_condition, person, figure) for person in people)]
                 for condition, of_condition in conditions.items()
             ]
-            tables.append(table(f"{figure[0].upper()}{figure[1:]}, each person", ["photos", *people], each))
-    return "\n".join([*tables, *_worst_attackers(records), _what_it_takes(records)])
+            tables.append(Table(f"{figure[0].upper()}{figure[1:]}, each person: {title}", ["photos", *people], each))
+    return [*tables, *_worst_attackers(records), _what_it_takes(records)]
 
 
 def named(figures: Iterable[str], *names: str) -> list[str]:
@@ -136,13 +206,13 @@ def groups_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, li
         raise ValueError(f"expected one set of photos a person, got several of {people}; delete the old cells")
     records = sorted(records, key=lambda record: _title(record["cell"]))
     groups = _grouped(records, lambda record: _without(record["cell"], *CONDITION, *OF_PERSON))
-    titles = _told_apart({key: _title(cells[0]["cell"]) for key, cells in groups.items()}, "{}, settings {}")
+    titles = told_apart({key: _title(cells[0]["cell"]) for key, cells in groups.items()}, "{}, settings {}")
     return [(title, _label(_grouped(groups[key], _condition))) for key, title in titles.items()]
 
 
-def papers_tables(records: Sequence[dict[str, Any]]) -> str:
+def make_papers_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
     """For each model and attacker the shape of the paper's tables, a row a method, with its printed rows, and what
-    protecting took; "" if no prompt is one of the paper's."""
+    protecting took; none if no prompt is one of the paper's."""
     letters_of = {}
     for record in records:
         cell = record["cell"]
@@ -151,7 +221,10 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
     records = [record for record in records if id(record) in letters_of]
     records = sorted(records, key=lambda record: _title(record["cell"]))
     tables = []
-    for cells in _grouped(records, _drawing).values():
+    groups = _grouped(records, _drawing)
+    names = {key: _attackers_model(cells[0]["cell"]) for key, cells in groups.items()}
+    for key, attack in told_apart(names, "{}, settings {}").items():
+        cells = groups[key]
         letters = sorted({letters_of[id(record)] for record in cells})
         ours = {figure: _nearest(cells, figure) for figure in FIGURES}
         rows = []
@@ -164,14 +237,13 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
         for name, methods in printed.TABLES.items():
             for method, figures in methods.items():
                 values = [
-                    f"{value:.2f}%" if figure == "FDFR" else f"{value:.2f}"
+                    _printed(f"{value:.2f}%", value / 100) if figure == "FDFR" else _printed(f"{value:.2f}", value)
                     for prompt in letters
                     for figure, value in zip(FIGURES, figures[prompt])
                 ]
                 rows.append([f"printed, {name}: {method}", *values])
-        cell = cells[0]["cell"]
         title = (
-            f"{_attackers_name(cell)} on {cell['model']}{_measured_by(cells, ours.values())}: mean over "
+            f"{attack}{_measured_by(cells, ours.values())}: mean over "
             "people (95 % interval, bootstrap over people), beside what the paper prints of DreamBooth of Stable "
             "Diffusion 2.1 with other detectors and embeddings: not the levels, only the order of rows can be "
             "compared."
@@ -181,16 +253,27 @@ def papers_tables(records: Sequence[dict[str, Any]]) -> str:
                 " Its SER-FIQ is stretched by constants that suit ArcFace, so ours stands there without and with it."
             )
         header = [f"{prompt}: {figure}" for prompt in letters for figure in FIGURES]
-        tables.append(table(title, ["method", *header], rows))
+        tables.append(Table(title, ["method", *header], rows))
     if protections := _protections(records):
-        rows = [[f"ours: {name}", f"{_seconds(cells, 'protection'):.1f} s", ""] for name, cells in protections.items()]
-        rows += [[f"printed: {name}", f"{seconds} s", f"{memory} GB"] for name, seconds, memory in printed.COSTS]
+        rows = [
+            [f"ours: {name}", _time(cells, "protection"), _memory_of_protecting(cells)]
+            for name, cells in protections.items()
+        ]
+        for name, seconds, memory in printed.COSTS:
+            time, space = float(seconds), float(memory)
+            rows.append(
+                [f"printed: {name}", _printed(f"{seconds} s", time, ", s"), _printed(f"{memory} GB", space, ", GB")]
+            )
         title = (
             "Protecting: ours, the median for all photos that a person publishes, beside what the paper prints, of a "
             "photo or of a person, which it does not say; its GAP-Diff without the training"
         )
-        tables.append(table(title, ["method", "time", "memory"], rows))
-    return "\n".join(tables)
+        tables.append(Table(title, ["method", "time", "memory"], rows))
+    return tables
+
+
+def _printed(text: str, value: float, name: str = "") -> Entry:
+    return Entry(text, (Number(value, name=name, printed=True),))
 
 
 def _nearest(records: Sequence[Mapping[str, Any]], figure: str) -> str | None:
@@ -205,7 +288,7 @@ def _measured_by(records: Sequence[Mapping[str, Any]], figures: Iterable[str | N
     return f" ({'; '.join(known)})" if known else ""
 
 
-def _as_printed(records: Sequence[dict[str, Any]], figure: str | None) -> str:
+def _as_printed(records: Sequence[dict[str, Any]], figure: str | None) -> str | Entry:
     """The mean over people, and its interval, with the paper's accounting; "" if it was not measured."""
     pictures: dict[str, list[float | None]] = {}
     for record in _measured(records, figure):
@@ -214,17 +297,22 @@ def _as_printed(records: Sequence[dict[str, Any]], figure: str | None) -> str:
     means = {person: mean for person, mean in means.items() if mean is not None}
     if not means:
         return ""
-    text = _summary(list(means.values()), len(pictures), percent=_is_percent(records, figure))
+    counted = _summary(list(means.values()), len(pictures), percent=_is_percent(records, figure))
     if without_backend(figure) != "SER-FIQ":
-        return text
-    all_pictures = f"{figure}, all"
-    return f"{_show(records, all_pictures)}, stretched {text}" if all_pictures in _figures(records) else text
+        return counted
+    stretched = tuple(replace(number, name=", stretched") for number in counted.numbers)
+    if (all_pictures := f"{figure}, all") not in _figures(records):
+        return Entry(counted.text, stretched)
+    plain = _show(records, all_pictures)
+    return Entry(f"{plain.text}, stretched {counted.text}", (*plain.numbers, *stretched))
 
 
-def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
+def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[Table]:
     """For each model that was attacked in several ways, what the best attack on each person got."""
     tables = []
-    for model, cells in _grouped(records, lambda record: json.dumps(record["cell"]["model"])).items():
+    models = _grouped(records, lambda record: json.dumps([record["cell"].get(key) for key in MODEL]))
+    for key, model in told_apart({key: cells[0]["cell"]["model"] for key, cells in models.items()}).items():
+        cells = models[key]
         if len(_grouped(cells, _attack)) < 2:
             continue
         figures = named(_figures(cells), "recognised", "ISM")
@@ -241,15 +329,16 @@ def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[str]:
                 row.append(_summary(list(most.values()), len(people), percent=_is_percent(cells, figure)))
             rows.append(row)
         title = (
-            f"The worst of the attackers on {json.loads(model)} for each person: mean over people (95 % interval, "
+            f"The worst of the attackers on {model} for each person: mean over people (95 % interval, "
             "bootstrap over people)"
         )
-        tables.append(table(title, ["photos", "attackers", *figures], rows))
+        tables.append(Table(title, ["photos", "attackers", *figures], rows))
     return tables
 
 
-def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
-    """Seconds and memory of protecting and of attacking, and what protecting does to the looks of photos."""
+def _what_it_takes(records: Sequence[dict[str, Any]]) -> Table:
+    """Seconds and memory of protecting, of what comes after it and of attacking, and what protecting does to the looks
+    of photos."""
     rows = []
     looks = [("psnr", "{:.1f} dB"), ("ssim", "{:.3f}")]
     if any("lpips" in (record.get("cost") or {}) for record in records):
@@ -259,26 +348,30 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> str:
         shown = []
         for look, form in looks:
             values = [cost[look] for cost in costs if cost.get(look) is not None]
-            shown.append(form.format(statistics.mean(values)) + _share(values, costs) if values else "")
-        time = f"{_seconds(cells, 'protection'):.1f} s"
-        rows.append([f"protecting a person's photos: {name}", time, "", "", *shown])
+            mean = statistics.mean(values) if values else 0
+            shown.append(Entry(form.format(mean) + _share(values, costs), (Number(mean),)) if values else "")
+        time, memory = _time(cells, "protection"), _memory_of_protecting(cells)
+        rows.append([f"protecting a person's photos: {name}", time, "", memory, *shown])
+    after = [record for record in records if describe_after(record["cell"])]
+    steps = _grouped(after, lambda record: json.dumps([record["cell"].get(key) for key in AFTER]))
+    for name, cells in _label(steps, lambda cell: ", then ".join(describe_after(cell))).items():
+        rows.append([f"then, of a person's photos: {name}", _time(cells, "purification"), "", "", *[""] * len(looks)])
     attacks = _grouped(sorted(records, key=lambda record: _title(record["cell"])), _drawing)
     names = {key: f"attacking: {_attackers_name(cells[0]['cell'])}" for key, cells in attacks.items()}
-    for key, name in _told_apart(names).items():
+    for key, name in told_apart(names).items():
         cells = attacks[key]
-        pictures = [record for record in cells if record["seconds"].get("class_images", 0) > 0.05]
-        rows.append(
-            [
-                name,
-                f"{_seconds(cells, 'training'):.0f} s, and {_seconds(cells, 'drawing'):.0f} s to draw",
-                f"{_seconds(pictures, 'class_images'):.0f} s{_share(pictures, cells)}" if pictures else "",
-                _memory(cells),
-                *[""] * len(looks),
-            ]
-        )
+        training, drawing = _seconds(cells, "training"), _seconds(cells, "drawing")
+        numbers = (Number(training, name=" of training, s"), Number(drawing, name=" of drawing, s"))
+        drawn = [record for record in cells if record["seconds"].get("class_images", 0) > 0.05]
+        first = ""
+        if drawn:
+            seconds = _seconds(drawn, "class_images")
+            first = Entry(f"{seconds:.0f} s{_share(drawn, cells)}", (Number(seconds, name=", s"),))
+        time = Entry(f"{training:.0f} s, and {drawing:.0f} s to draw", numbers)
+        rows.append([name, time, first, _memory(cells), *[""] * len(looks)])
     title = "What it takes: median times and the most memory; and how far protected photos are from clean ones"
     header = ["", "time", "first, pictures of the class", "memory", *(name.upper() for name, _ in looks)]
-    return table(title, header, rows)
+    return Table(title, header, rows)
 
 
 def _protections(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -293,19 +386,33 @@ def _seconds(records: Sequence[Mapping[str, Any]], part: str) -> float:
     return statistics.median(record["seconds"].get(part, 0) for record in records)
 
 
+def _time(records: Sequence[Mapping[str, Any]], part: str) -> Entry:
+    seconds = _seconds(records, part)
+    return Entry(f"{seconds:.1f} s", (Number(seconds, name=", s"),))
+
+
 def _share(some: Sequence, cells: Sequence) -> str:
     """How many cells these are of, if not of all."""
     return f" ({len(some)} of {len(cells)} cells)" if len(some) < len(cells) else ""
 
 
-def _memory(records: Sequence[Mapping[str, Any]]) -> str:
+def _memory(records: Sequence[Mapping[str, Any]]) -> Entry:
     """The most that was used: on a GPU by the attack, elsewhere by the process since it began."""
     peaks: dict[str, list[float]] = {}
     for record in records:
         if record["peak_memory_gb"] is not None:
             whose = "" if str(record.get("device")).startswith("cuda") else " of the process"
+            whose += " with gradient checkpointing" if record.get("gradient_checkpointing") else ""
             peaks.setdefault(whose, []).append(record["peak_memory_gb"])
-    return ", ".join(f"{max(values):.1f} GB{whose}" for whose, values in sorted(peaks.items()))
+    most = {whose: max(values) for whose, values in sorted(peaks.items())}
+    text = ", ".join(f"{value:.1f} GB{whose}" for whose, value in most.items())
+    return Entry(text, tuple(Number(value, name=f"{whose}, GB") for whose, value in most.items()))
+
+
+def _memory_of_protecting(records: Iterable[Mapping[str, Any]]) -> str | Entry:
+    """The most that was used of a GPU; "" if protecting used none, or nobody looked."""
+    peaks = [peak for record in records if (peak := (record.get("cost") or {}).get("peak_memory_gb")) is not None]
+    return Entry(f"{max(peaks):.1f} GB", (Number(max(peaks), name=", GB"),)) if peaks else ""
 
 
 def _condition(record: Mapping[str, Any]) -> str:
@@ -345,10 +452,39 @@ def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
     return lines.getvalue()
 
 
+def tables_to_markdown(tables: Iterable[Table]) -> str:
+    """Their texts."""
+    shown = []
+    for each in tables:
+        rows = [[entry.text if isinstance(entry, Entry) else entry for entry in row] for row in each.rows]
+        shown.append(table(each.title, each.header, rows))
+    return "\n".join(shown)
+
+
+def tables_to_csv(tables: Iterable[Table]) -> str:
+    """A line for each number of the tables; what the paper prints is in a column of its own."""
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(["table", "row", "figure", "value", "low", "high", "people", "printed"])
+    for each in tables:
+        for name, *entries in each.rows:
+            for column, entry in zip(each.header[1:], entries, strict=True):
+                for number in entry.numbers if isinstance(entry, Entry) else ():
+                    value = ["", "", "", "", number.value]
+                    if not number.printed:
+                        value = [number.value, *(number.interval or ("", "")), number.people or "", ""]
+                    writer.writerow([each.title, name, column + number.name, *value])
+    return lines.getvalue()
+
+
 def describe(cell: Mapping[str, Any]) -> str:
     """What was done to the photos, in words."""
-    after = [describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
-    return ", then ".join([describe_protection(cell), *after])
+    return ", then ".join([describe_protection(cell), *describe_after(cell)])
+
+
+def describe_after(cell: Mapping[str, Any]) -> list[str]:
+    """What was done to the photos after they were protected, or not, each in words."""
+    return [describe_transform(cell[name]) for name in ("publishing", "purification") if cell[name] is not None]
 
 
 def describe_protection(cell: Mapping[str, Any]) -> str:
@@ -401,36 +537,39 @@ def _is_percent(records: Iterable[Mapping[str, Any]], figure: str) -> bool:
     return any(record["figures"][figure]["percent"] for record in records if figure in record["figures"])
 
 
-def _show(records: Sequence[Mapping[str, Any]], figure: str) -> str:
+def _show(records: Sequence[Mapping[str, Any]], figure: str) -> Entry:
     people = {record["cell"]["person"] for record in records}
     values = list(person_means(records, figure).values())
     return _summary(values, len(people), percent=_is_percent(records, figure))
 
 
-def _summary(values: list[float], people: int, *, percent: bool) -> str:
+def _summary(values: list[float], people: int, *, percent: bool) -> Entry:
     """The mean over people and its interval, and how many they are if not all."""
     if not values:
-        return "none"
-    style = ".0%" if percent else ".2f"
-    text = f"{sum(values) / len(values):{style}}"
+        return Entry("none")
+    style, mean = ".0%" if percent else ".2f", sum(values) / len(values)
+    text = f"{mean:{style}}"
     if interval := bootstrap_interval(values):
         text += f" ({interval[0]:{style}} to {interval[1]:{style}})"
-    return text if len(values) == people else f"{text}, {len(values)} of {people} people"
+    text = text if len(values) == people else f"{text}, {len(values)} of {people} people"
+    return Entry(text, (Number(mean, interval, len(values)),))
 
 
-def _of_person(records: list[dict[str, Any]], person: str, figure: str) -> str:
+def _of_person(records: list[dict[str, Any]], person: str, figure: str) -> str | Entry:
     mean = person_means(records, figure).get(person)
-    return "" if mean is None else f"{mean:.0%}"
+    return "" if mean is None else Entry(f"{mean:.0%}", (Number(mean, people=1),))
 
 
 def _attackers_name(cell: Mapping[str, Any]) -> str:
     return f"{cell['method']} ({cell['preset']})"
 
 
+def _attackers_model(cell: Mapping[str, Any]) -> str:
+    return f"{_attackers_name(cell)} on {cell['model']}"
+
+
 def _title(cell: Mapping[str, Any]) -> str:
-    return (
-        f'{_attackers_name(cell)} on {cell["model"]}, {cell["count"]} pictures of "{cell["prompt"]}" a person and seed'
-    )
+    return f'{_attackers_model(cell)}, {cell["count"]} pictures of "{cell["prompt"]}" a person and seed'
 
 
 def _without(cell: Mapping[str, Any], *names: str) -> str:
@@ -442,12 +581,12 @@ def _without(cell: Mapping[str, Any], *names: str) -> str:
 
 def _label(conditions: dict[str, list[dict[str, Any]]], describe=describe) -> dict[str, list[dict[str, Any]]]:
     """Conditions by what they are called, clean ones first, and numbers in their order."""
-    names = _told_apart({key: describe(records[0]["cell"]) for key, records in conditions.items()})
+    names = told_apart({key: describe(records[0]["cell"]) for key, records in conditions.items()})
     order = sorted(conditions, key=lambda key: (not names[key].startswith("clean"), _with_numbers(names[key])))
     return {names[key]: conditions[key] for key in order}
 
 
-def _told_apart(names: dict[str, str], form: str = "{} [{}]") -> dict[str, str]:
+def told_apart(names: dict[str, str], form: str = "{} [{}]") -> dict[str, str]:
     """Names by settings; those that several have get the beginning of their settings' hash."""
     called = Counter(names.values())
     return {

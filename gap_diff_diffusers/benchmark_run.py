@@ -2,13 +2,14 @@
 
 A cell is a protection with its budget, what happens to photos after it, an attacker, a prompt, a person and a seed.
 Its file is named after its settings, so only cells that are missing are run, an interrupted run goes on where it was,
-and several machines can share a folder (`--shard`).
+and several machines can share a folder (`--shard`), or several GPUs (`accelerate launch`).
 
 For every person a folder with `set_B`, the photos that are published and that the attacker learns, and `set_C`, clean
 ones to compare with (the protocol of Anti-DreamBooth and GAP-Diff); for ASPL also `set_A`, the protector's own.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ from typing import Any
 
 from .attack import load_victim, make_attacker, memory_errors
 from .attackers import ATTACKERS
+from .benchmark_report import CELL_FORMAT, read_cell
 from .config import check_at_least_one, check_types, config_from_arguments, finite, portable_name
 from .metrics import METRICS, OFFLINE
 
@@ -55,6 +57,8 @@ class BenchmarkConfig:
             stay without it.
         resolution: side in pixels of the photos, as squares, that are published.
         people: how many of them, the first by name, unless the command line names some; null for all.
+        gradient_checkpointing: less memory for more time while something learns. Figures stay the same but for
+            rounding, so cells that are there already stay valid.
     """
 
     model: str
@@ -71,6 +75,7 @@ class BenchmarkConfig:
     lpips: bool = False
     resolution: int = 512
     people: int | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         check_types(self)
@@ -86,8 +91,15 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"expected conditions with {', '.join(CONDITION)}, got {', '.join(unknown)} in {condition}"
                 )
+        of_cells: dict[str, Any] = {}
         for condition in expand(self.conditions):
             levels = condition["levels"]
+            for spec in (condition["publishing"], condition["purification"]):
+                if (other := of_cells.setdefault(json.dumps(_portable(spec)), spec)) != spec:
+                    raise ValueError(
+                        "expected transforms with models of different names, for a cell has the name alone, got "
+                        f"{other} and {spec}; rename a folder"
+                    )
             if condition["protection"] not in PROTECTIONS:
                 raise ValueError(f"expected protections {', '.join(PROTECTIONS)}, got {condition['protection']!r}")
             if condition["protection"] != "none" and (type(levels) is not int or not 1 <= levels <= 255):
@@ -137,41 +149,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER|ID", help="another model than the config's")
     parser.add_argument("--checkpoint", metavar="FOLDER|ID", help="another checkpoint of gap-diff than the config's")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="people to measure (default: all)")
-    parser.add_argument("--shard", metavar="I/N", help="the I-th of N parts of the cells, from 1/N to N/N")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="the I-th of N parts of the cells, from 1/N to N/N (default: all; or, of accelerate launch "
+        "--num_processes N -m gap_diff_diffusers benchmark run ..., a part for each process, on a GPU of its own)",
+    )
     parser.add_argument("--pictures", metavar="FOLDER", help="save what was drawn, a picture a cell; not for show")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda if there is one, else cpu)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what is missing; a cell that fails is named, and does not stop the others."""
+    """Run what is missing; a cell that fails is named, and does not stop the others.
+
+    Returns:
+        1 if one failed; yet 0 of one of several processes that were launched together, for the launcher stops all when
+        one of them fails.
+    """
     config = load_config(arguments)
     found = find_people(arguments.people, arguments.only, needs_own=_has(config, "aspl"))
     people = {person.name: person for person in (found if arguments.only else found[: config.people])}
     results = Path(arguments.output)
     check_results(results)
     index, count = read_shard(arguments.shard)
+    launched = arguments.shard is None and count > 1
     runner = _Runner(config, people, results, arguments)
     groups = all_groups(config, runner.inputs)[index::count]
     groups = missing(groups, results)
     results.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
 
-    failed = 0
+    done = failed = 0
     for cells in tqdm(groups, desc="attacks", disable=not sys.stderr.isatty()):
         if not missing([cells], results):  # another process was faster
             continue
         try:
             with memory_errors():
                 runner.run(cells)
+            done += 1
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-            if "CUDA error" in str(error):  # after which nothing else works in this process
+            broken = "CUDA error" in str(error)  # after which nothing else works in this process
+            if broken and not launched:
                 raise
             failed += 1
             logger.error("%s, %s: %s", cells[0]["person"], cells[0]["method"], error)
-    done = sum(1 for _ in results.glob("*.json"))
-    text = f"{len(groups) - failed} attacks run, {failed} failed, {done} cells in {results}"
+            if broken:
+                logger.error("process %d of %d stops; run the command again for what is missing", index + 1, count)
+                break
+    written = sum(1 for _ in results.glob("*.json"))
+    text = f"{done} attacks run, {failed} failed, {written} cells in {results}"
     sys.stdout.write(f"{text}; gap-diff benchmark report {results}\n")
-    return 1 if failed else 0
+    return 1 if failed and not launched else 0
 
 
 def load_config(arguments: argparse.Namespace) -> BenchmarkConfig:
@@ -264,13 +292,17 @@ def missing(groups: list[list[dict[str, Any]]], results: Path) -> list[list[dict
 def read_shard(shard: str | None) -> tuple[int, int]:
     """Which of how many parts of the cells, from 0: what `--shard I/N` says, or this process of `accelerate launch`.
 
-    The latter also gives each process a GPU of its own, so it comes before any model is loaded.
+    The latter also gives each process a GPU of its own, so it comes before any model is loaded. The processes do not
+    speak to each other, so none waits for another's, and a slow one is given up by nobody.
     """
     if shard is None:
-        from accelerate import PartialState
+        import torch
+        from accelerate.utils import get_cpu_distributed_information
 
-        state = PartialState()
-        return state.process_index, state.num_processes
+        launched = get_cpu_distributed_information()  # what the launcher says, of GPUs as well
+        if launched.world_size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
+        return launched.rank, launched.world_size
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ValueError(f"expected --shard I/N from 1/N to N/N, got {shard}")
@@ -284,10 +316,7 @@ def check_results(results: Path) -> None:
     if results.exists() and not results.is_dir():
         raise ValueError(f"expected a folder as --output, got {results}")
     for path in sorted(results.glob("*.json")):
-        try:
-            version = json.loads(path.read_text(encoding="utf-8"))["versions"]["gap_diff_diffusers"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a cell of gap-diff benchmark run, got another file") from error
+        version = read_cell(path)["versions"]["gap_diff_diffusers"]
         if version != __version__:
             raise ValueError(
                 f"{path}: expected results of version {__version__}, got {version}; give a new folder as --output"
@@ -320,8 +349,9 @@ def _portable(spec: Any) -> Any:
     """A transform's settings without this machine's paths to models."""
     if isinstance(spec, list):
         return [_portable(step) for step in spec]
-    if isinstance(spec, dict) and isinstance(spec.get("model"), str):
-        return {**spec, "model": portable_name(spec["model"])}
+    if isinstance(spec, dict):
+        changes = {"model": portable_name(spec["model"])} if isinstance(spec.get("model"), str) else {}
+        return {**spec, **changes} | ({"choices": _portable(spec["choices"])} if "choices" in spec else {})
     return spec
 
 
@@ -389,14 +419,26 @@ def warn_of_people(folder: Path, faces) -> None:
         logger.warning("%s: the faces of %d photos may be of %d people", folder, len(known), people)
 
 
+def _faces(metrics: Sequence):
+    """The backend of the first metric of identity; without one dlib, and None if that is not installed."""
+    from .metrics.identity import Identity
+    from .recognition import DlibFaces
+
+    for metric in metrics:
+        if isinstance(metric, Identity):
+            return metric.faces
+    with contextlib.suppress(ImportError):
+        return DlibFaces()
+    return None
+
+
 class _Runner:
     """What all cells share, loaded and checked once."""
 
     def __init__(self, config: BenchmarkConfig, people: dict[str, Path], results: Path, arguments: argparse.Namespace):
-        from .data import read_images
+        from .data import list_photos, read_images
         from .images import psnr, ssim
         from .metrics.fidelity import Lpips
-        from .metrics.identity import Identity
         from .protect import load_pipeline
         from .transforms import build_transform
 
@@ -409,7 +451,7 @@ class _Runner:
             for spec in (condition["publishing"], condition["purification"]):
                 if spec is not None and (key := json.dumps(_portable(spec))) not in self.transforms:
                     self.transforms[key] = build_transform(spec).eval()
-        faces = next((metric.faces for metric in self.metrics if isinstance(metric, Identity)), None)
+        faces = _faces(self.metrics)
         self.references = {}
         for name, person in people.items():
             self.references[name] = read_images([person / "set_C"])
@@ -418,9 +460,12 @@ class _Runner:
                     metric(self.references[name][:1], self.references[name])
                 except ValueError as error:
                     raise ValueError(f"{person / 'set_C'}: {error}") from error
+            if len(list_photos([person / "set_B"])) == 1:
+                logger.warning("%s: one photo; most attacks on people need at least three or four", person / "set_B")
             for part in ("set_B", "set_C") if faces else ():
                 warn_of_people(person / part, faces)
-        self.surrogate = load_victim(config.model, arguments.device)
+        checkpointing = config.gradient_checkpointing
+        self.surrogate = load_victim(config.model, arguments.device, gradient_checkpointing=checkpointing)
         self.protection = None
         if _has(config, "gap-diff"):
             self.protection = load_pipeline(config.checkpoint, arguments.device)
@@ -440,8 +485,6 @@ class _Runner:
 
     def run(self, cells: list[dict[str, Any]]) -> None:
         """One attack, and all its prompts."""
-        import torch
-
         from .config import provenance, write_json
         from .data import save_grid
 
@@ -449,9 +492,9 @@ class _Runner:
         device = self.surrogate.denoiser.device
         attacker = make_cells_attacker(self.config, cell)
         started = time.perf_counter()
+        forget_peak_memory(device)
         photos, cost, protected = self._prepare(cell, person)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak_memory(device)
         prepared = time.perf_counter()
         class_images = self._draw_class(attacker.config)
         drawn = time.perf_counter()
@@ -482,11 +525,13 @@ class _Runner:
             if self.pictures:
                 save_grid(pictures, self.pictures / f"{path.stem}.png")
             record = {
+                "format": CELL_FORMAT,
                 "cell": cell,
                 "figures": {result.name: {"mean": result.mean} | asdict(result) for result in results},
                 "cost": cost,
                 "seconds": {name: round(value, 1) for name, value in seconds.items()},
                 "peak_memory_gb": peak_memory_gb(device, of_script="diffusers_examples" in cell["attack"]),
+                "gradient_checkpointing": self.config.gradient_checkpointing,
                 "device": str(device),
                 "versions": provenance(),
             }
@@ -513,14 +558,14 @@ class _Runner:
 
     def _prepare(self, cell: Mapping[str, Any], person: Path):
         """The photos as the attacker has them, protected, published, purified; how far protected ones are from clean
-        ones, None if they are not protected; and the time when they were."""
+        ones, and on a GPU what memory that took, None if they are not protected; and the time when they were."""
         import torch
 
         from .data import list_photos, load_faces, to_pixels
         from .protections.anti_dreambooth import ASPLConfig, aspl
 
         clean = photos = load_faces(list_photos([person / "set_B"]), cell["resolution"])
-        eps = cell["levels"] / 255
+        eps, device = cell["levels"] / 255, self.surrogate.denoiser.device
         if cell["protection"] == "gap-diff":
             photos = self.protection(photos, eps, output_type="pt").images.cpu()
         elif cell["protection"] == "aspl":
@@ -532,17 +577,35 @@ class _Runner:
         if cell["protection"] != "none":
             pairs = [(to_pixels(moved), to_pixels(photo)) for moved, photo in zip(photos, clean, strict=True)]
             cost = {name: finite(sum(measure(*p) for p in pairs) / len(pairs)) for name, measure in self.looks.items()}
+            if device.type == "cuda":  # elsewhere the process's peak is that of attacks before
+                cost["peak_memory_gb"] = peak_memory_gb(device)
         for spec in (cell["publishing"], cell["purification"]):
             if spec is not None:
-                with torch.no_grad():
-                    transform = self.transforms[json.dumps(spec)].to(self.surrogate.denoiser.device)
-                    photos = transform(photos.to(self.surrogate.denoiser.device)).cpu()
+                transform = self.transforms[json.dumps(spec)]
+                try:
+                    with torch.no_grad():
+                        photos = transform.to(device)(photos.to(device)).cpu()
+                finally:
+                    for network in transform.networks:  # which the attack after it needs the memory of
+                        network.to("cpu")
         return photos, cost, protected
+
+
+def forget_peak_memory(device) -> None:
+    """Let `peak_memory_gb` begin anew, where it can: on a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gb(device, *, of_script: bool = False) -> float | None:
     """The most memory of a GPU that was in use since it was last asked to forget, or else the most that this process
-    has used since it began, or if that was more, with `of_script`, one that it started; None where nobody says."""
+    has used since it began, or if that was more, with `of_script`, one that it started; None where nobody says.
+
+    A benchmark leaves on the GPU, besides what is at work, the model to attack as it came, for an attacker learns on a
+    copy, and gap-diff's network. So these count too: what an attack takes alone is less by that model's weights.
+    """
     import torch
 
     if device.type == "cuda":

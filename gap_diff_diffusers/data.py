@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,17 +297,18 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int = 8) -
     return to_pixels(grid)
 
 
-def save_sheet(rows: Sequence[tuple[str, torch.Tensor]], path: str | os.PathLike, columns: int = 8) -> None:
-    """Save captions and their images (N,3,H,W) in [0,1], all of one size, as one picture."""
+def save_sheet(
+    rows: Sequence[tuple[str, torch.Tensor]], path: str | os.PathLike, columns: int = 8, *, title: str = ""
+) -> None:
+    """Save captions and their images (N,3,H,W) in [0,1], all of one size, as one picture, under a title if given."""
     columns = min(columns, max(len(images) for _, images in rows))
-    parts = []
+    width = columns * rows[0][1].shape[3]
+    parts = [to_tensor(_caption(line, width)) for line in textwrap.wrap(title, max(1, width // 6))]
     for caption, images in rows:
         white = torch.ones(-len(images) % columns, *images.shape[1:])
         lines = torch.cat([images, white]).split(columns)
         grid = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1)
-        title = Image.new("RGB", (grid.shape[2], 20), "white")
-        ImageDraw.Draw(title).text((4, 4), caption, fill="black")
-        parts += [to_tensor(title), grid]
+        parts += [to_tensor(_caption(caption, width)), grid]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     to_pil(torch.cat(parts, dim=1)).save(path)
 
@@ -318,6 +320,12 @@ def _may_have_a_face(square: Image.Image | Source) -> bool:
         return bool(find_faces(np.array(image), side=400))
     except ImportError:
         return True
+
+
+def _caption(text: str, width: int) -> Image.Image:
+    line = Image.new("RGB", (width, 20), "white")
+    ImageDraw.Draw(line).text((4, 4), text, fill="black")
+    return line
 
 
 class FaceCrops:

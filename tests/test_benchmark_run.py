@@ -23,7 +23,7 @@ from PIL import Image
 from test_benchmark_surrogate import model  # noqa: F401
 from test_metrics import ASTRONAUT
 
-from gap_diff_diffusers import __version__, benchmark_printed, benchmark_report, benchmark_run
+from gap_diff_diffusers import __version__, benchmark_plots, benchmark_printed, benchmark_report, benchmark_run
 from gap_diff_diffusers.benchmark_plots import draw_grids, draw_plots
 from gap_diff_diffusers.benchmark_run import BenchmarkConfig, Inputs, all_cells, all_groups, expand, missing
 from gap_diff_diffusers.cli import main
@@ -84,6 +84,7 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     cells = {path.name: path.read_bytes() for path in results.iterdir()}
     assert len(cells) == 12 == len(list((tmp_path / "pictures").iterdir()))
     record = json.loads(next(iter(cells.values())))
+    assert record["format"] == 1 and "peak_memory_gb" not in (record["cost"] or {})  # which is of a GPU
     assert record["cell"]["attack"]["max_train_steps"] == 1 and record["cell"]["model"] == "model"
     assert record["figures"]["FDFR"]["values"] == [1.0, 1.0]  # noise has no face
     costs = [json.loads(content)["cost"] for content in cells.values()]
@@ -112,22 +113,34 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     shown = re.findall(r"!\[\]?[^\]]*\]\(([^)]+)\)", written)
     assert len(shown) == 6 and all((tmp_path / "report" / name).is_file() for name in shown)
     grid = Image.open(tmp_path / "report" / "pictures-1-first.png")
-    assert grid.size == (2 * 64, 3 * (64 + 20))  # three conditions, with a line above each
+    assert grid.width == 2 * 64 and 3 * (64 + 20) < grid.height < 4 * 64 + 9 * 20  # conditions, captions and a title
     assert (
         "| gap-diff, 8 levels (checkpoint0), then jpeg quality 70 | 2 |" in text
         and '"a dslr portrait of sks person"' in text
     )
     rows = list(csv.DictReader((tmp_path / "report" / "report.csv").open()))
     assert len(rows) == 12 * len(record["figures"])
+    rows = list(csv.DictReader((tmp_path / "report" / "tables.csv").open()))
+    assert {row["table"] for row in rows} < set(text.splitlines())
+    assert "then, of a person's photos: jpeg quality 70" in {row["row"] for row in rows}
 
 
-def test_aspl_is_a_protection_too(command, tmp_path, monkeypatch):
+def test_aspl_is_a_protection_too(command, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(anti_dreambooth, "ASPLConfig", partial(ASPLConfig, rounds=1, pgd_steps=1, surrogate_steps=1))
-    (tmp_path / "config.json").write_text(
-        json.dumps(CONFIG | {"conditions": [{"protection": ["none", "aspl"]}], "aspl": {"set": QUICK}})
-    )
+    config = CONFIG | {"conditions": [{"protection": ["none", "aspl"]}], "aspl": {"set": QUICK}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert main([*command, "--only", "second", "--pictures", str(tmp_path / "pictures")]) == 0
     assert len({path.read_bytes() for path in (tmp_path / "pictures").iterdir()}) == 4
+    assert "second/set_B: one photo" in caplog.text
+
+    written = sorted((tmp_path / "results").iterdir())  # with less memory a cell has the same name, and figures
+    first = json.loads(written[0].read_text())
+    written[0].unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"gradient_checkpointing": True}))
+    assert main([*command, "--only", "second"]) == 0
+    again = json.loads(written[0].read_text())
+    assert again["figures"]["FDFR"] == first["figures"]["FDFR"]
+    assert again["gradient_checkpointing"] and not first["gradient_checkpointing"]
 
 
 def test_shards_share_the_cells(command, tmp_path, capsys):
@@ -138,6 +151,17 @@ def test_shards_share_the_cells(command, tmp_path, capsys):
     for shard in ("0/2", "3/2", "2", "a/b"):
         assert main([*command, "--shard", shard]) == 2
         assert "--shard I/N" in capsys.readouterr().err
+
+
+def test_launched_processes_share_the_cells(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert benchmark_run.read_shard(None) == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert benchmark_run.read_shard(None) == (2, 4)  # at once: it waits for no other process
+    assert benchmark_run.read_shard("2/3") == (1, 3)
 
 
 def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
@@ -251,7 +275,7 @@ def test_aspl_expects_a_dreambooth_of_its_own(tmp_path):
     assert len(set(names)) == len(names)
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, caplog):
+def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, caplog, monkeypatch):
     attackers = [{"method": "dreambooth", "set": QUICK | {"learning_rate": rate}} for rate in (1e30, 1e-3)]
     conditions = [{"protection": "none"}]
     attackers[0]["set"] = attackers[0]["set"] | {"max_train_steps": 4}
@@ -259,6 +283,10 @@ def test_a_cell_that_fails_does_not_stop_the_others(command, tmp_path, capsys, c
     assert main(command) == 1
     assert "2 attacks run, 2 failed, 4 cells" in capsys.readouterr().out
     assert "lower the learning rate" in caplog.text
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*command, "--only", "first"]) == 0  # of one of several processes 1 would make the launcher stop all
+    assert "0 attacks run, 1 failed, 4 cells" in capsys.readouterr().out
 
 
 def test_weights_are_told_apart_wherever_they_are():
@@ -377,7 +405,7 @@ print(json.dumps([before, peak_memory_gb(device), peak_memory_gb(device, of_scri
     assert own < before + 0.3 <= of_script
 
 
-def test_results_of_another_version_are_refused(command, tmp_path, capsys):
+def test_results_of_another_version_are_refused(command, tmp_path, capsys, caplog):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "a.json").write_text(json.dumps({"versions": {"gap_diff_diffusers": "0.0.1"}}))
     assert main(command) == 2
@@ -394,6 +422,14 @@ def test_results_of_another_version_are_refused(command, tmp_path, capsys):
     assert "got another file" in capsys.readouterr().err
     assert main(["benchmark", "report", str(tmp_path / "config.json")]) == 2
     assert "found none" in capsys.readouterr().err
+    (tmp_path / "results" / "a.json").unlink()
+    assert len(benchmark_report.load_cells(tmp_path / "results")) == 1
+    assert f"cells of version 0.0.2, reported by version {__version__}" in caplog.text
+    cell = record("b", 1.0) | {"format": 2, "versions": {"gap_diff_diffusers": __version__}}
+    (tmp_path / "results" / "b.json").write_text(json.dumps(cell))
+    for arguments in (command, ["benchmark", "report", str(tmp_path / "results")]):
+        assert main(arguments) == 2
+        assert "b.json: expected a cell of format 1, got one of 2" in capsys.readouterr().err
 
 
 def test_people_that_are_not_there_are_named(people):
@@ -443,11 +479,22 @@ def test_a_report_has_means_over_people_not_over_cells():
     rows = list(csv.DictReader(io.StringIO(benchmark_report.to_csv(records))))
     assert len(rows) == 10 and rows[-1]["mean"] == "" and rows[-1]["undefined"] == "1"
 
+    tables = {(row["row"], row["figure"]): row for row in numbers_of(benchmark_report.make_tables(records))}
+    assert list(tables["clean", "recognised"].values())[3:] == ["0.5", "0.0", "1.0", "2", ""]
+    assert list(tables["gap-diff, 8 levels", "recognised"].values())[3:] == ["0.25", "", "", "1", ""]
+    assert ("gap-diff, 8 levels", "ISM") not in tables  # nobody has it
+    assert tables["attacking: dreambooth (weak)", "time of training, s"]["value"] == "100.0"
+    assert tables["attacking: dreambooth (weak)", "memory of the process, GB"]["value"] == "1.5"
+
+
+def numbers_of(tables):
+    return list(csv.DictReader(io.StringIO(benchmark_report.tables_to_csv(tables))))
+
 
 def test_a_report_keeps_apart_what_was_set_otherwise():
     records = [record("a", 1.0), record("a", 0.0, attack={"seed": 0, "max_train_steps": 2})]
     text = benchmark_report.to_markdown(records)
-    assert text.count(", settings ") == 2 and "| clean | 1 | 100% |" in text and "| clean | 1 | 0% |" in text
+    assert text.count(", settings ") == 4 and "| clean | 1 | 100% |" in text and "| clean | 1 | 0% |" in text
     records = [record("a", x, protection="gap-diff", protection_settings={"weights": str(x)}) for x in (0.0, 1.0)]
     assert benchmark_report.to_markdown(records).count("| gap-diff, 8 levels [") == 4
     named = [record("a", 1.0, protection="gap-diff", protection_settings={"name": "mine", "weights": "1"})]
@@ -491,6 +538,8 @@ def test_the_worst_attacker_is_each_persons_own():
     text = benchmark_report.to_markdown(records)
     assert "| clean | 2 | 70% (60% to 80%) | 0.50 (0.50 to 0.50) |" in text
     assert "| gap-diff, 8 levels | 1 | 30% | 0.50 |" in text
+    twins = [record("a", 0.1, model_weights="1"), record("a", 0.9, model_weights="2")]
+    assert "worst" not in benchmark_report.to_markdown(twins)  # one attack on each of two models of one name
 
 
 def test_what_was_measured_twice_is_one_attack_and_counts_once():
@@ -542,27 +591,39 @@ def test_lpips_has_a_column_where_it_was_measured():
     assert "LPIPS" not in benchmark_report.to_markdown(records[:1])
 
 
+def papers_tables(records):
+    return benchmark_report.tables_to_markdown(benchmark_report.make_papers_tables(records))
+
+
 def test_what_the_paper_prints_stands_beside_prompts_of_the_paper():
-    assert benchmark_report.papers_tables([record("a", 1.0)]) == ""
+    assert papers_tables([record("a", 1.0)]) == ""
     prompts = ["a photo of sks person", "a photo of sks person in front of eiffel tower"]
     learned = {"seed": 0, "rare_token": "sks", "instance_prompt": "a photo of sks person"}
-    assert benchmark_report.papers_tables([record("a", 1.0, prompt=prompts[0])]) == ""  # it learned no word
-    text = benchmark_report.papers_tables([record("a", 1.0, prompt=prompt, attack=learned) for prompt in prompts])
+    assert papers_tables([record("a", 1.0, prompt=prompts[0])]) == ""  # it learned no word
+    text = papers_tables([record("a", 1.0, prompt=prompt, attack=learned) for prompt in prompts])
     header = text.splitlines()[2]
     columns = [part.strip() for part in header.strip("|").split("|")]
     assert columns[1:5] == [f"A: {name}" for name in FIGURES]
     assert "D: FDFR" in header and "B: FDFR" not in header
     assert "| ours: clean |  | 0.50 |  |  |  | 0.50 |  |  |" in text
     assert "| printed, first table: GAP-Diff | 77.56% | 0.25 | 42.04 | 0.23 | 72.78% | 0.08 | 41.69 | 0.08 |" in text
+    table = benchmark_report.make_papers_tables([record("a", 1.0, prompt=prompts[0], attack=learned)])
+    printed = {(row["row"], row["figure"]): row["printed"] for row in numbers_of(table) if not row["value"]}
+    assert float(printed["printed, first table: GAP-Diff", "A: FDFR"]) == pytest.approx(0.7756)
     nobody = [record("b", 0.0, fdfr=1, prompt=prompts[0], attack=learned)]
     both = [record("a", 1.0, prompt=prompts[0], attack=learned), *nobody]
     for each, every in zip(both, (0.9, 0.1)):  # the paper counts pictures, and people, without a face as 0
         each["figures"] |= {"SER-FIQ": figure([0.88, None]), "SER-FIQ, all": figure([every])}
     assert (
         "| ours: clean |  | 0.25 (0.00 to 0.50) |  | 0.50 (0.10 to 0.90), stretched 0.25 (0.25 to 0.25) |"
-        in benchmark_report.papers_tables(both)
+        in papers_tables(both)
     )
-    assert "| ours: clean |  | 0.00 |  | 0.10, stretched 0.25 |" in benchmark_report.papers_tables(nobody)
+    figures = {row["figure"]: row["value"] for row in numbers_of(benchmark_report.make_papers_tables(both))[:3]}
+    assert figures == {"A: ISM": "0.25", "A: SER-FIQ": "0.5", "A: SER-FIQ, stretched": "0.25"}
+    others = [record("a", 1.0, prompt=prompts[0], attack=learned | {"max_train_steps": 2}), *both[:1]]
+    titles = [table.title for table in benchmark_report.make_papers_tables(others)]
+    assert len(titles) == len(set(titles)) == 2  # one attacker with two settings
+    assert "| ours: clean |  | 0.00 |  | 0.10, stretched 0.25 |" in papers_tables(nobody)
     for methods in benchmark_printed.TABLES.values():
         for figures in methods.values():
             assert list(figures) == list("ABCD")
@@ -577,10 +638,12 @@ def test_the_backend_nearest_to_the_papers_stands_beside_it():
         if suffix == " (SFace)":
             del one["figures"]["ISM"]
         best = 0.3 if suffix == " (SFace)" else ism
-        assert f"| ours: gap-diff, 8 levels | 50% | {best:.2f} |  |  |" in benchmark_report.papers_tables([one])
-    text = benchmark_report.papers_tables([one])
+        assert f"| ours: gap-diff, 8 levels | 50% | {best:.2f} |  |  |" in papers_tables([one])
+    text = papers_tables([one])
     assert "(FDFR by tiny; ISM by tiny): mean over people" in text
     assert "| ours: gap-diff, 8 levels | 0.0 s |  |" in text and "| printed: GAP-Diff | .04 s | 2 GB |" in text
+    one["cost"] = {"psnr": 32.0, "ssim": 0.8, "peak_memory_gb": 2.5}
+    assert "| ours: gap-diff, 8 levels | 0.0 s | 2.5 GB |" in papers_tables([one])
 
 
 @pytest.mark.parametrize(
@@ -610,6 +673,16 @@ def test_the_weights_of_a_purifier_are_part_of_the_cell_and_paths_are_not(tmp_pa
     assert len(names[0] & names[1]) == len(names[0]) / 2  # those of the cleaner, which has none
 
 
+def test_models_of_one_name_are_not_taken_for_each_other(tmp_path):
+    specs = [{"name": "diffpure", "model": str(tmp_path / place / "model")} for place in ("a", "b")]
+    choices = [{"name": "random_choice", "choices": [spec]} for spec in specs]
+    for one, other in (specs, choices, ([specs[0]], [specs[1]])):
+        with pytest.raises(ValueError, match="models of different names"):
+            make_config(conditions=[{"publishing": one}, {"purification": other}])
+    (cell, *_) = all_cells(make_config(conditions=[{"purification": choices[:1]}]), INPUTS)
+    assert cell["purification"] == {"name": "random_choice", "choices": [{"name": "diffpure", "model": "model"}]}
+
+
 def test_curves_are_drawn_where_there_are_several_points(tmp_path):
     def kinds(records):
         return sorted({path.stem.split("-")[0] for path in draw_plots(records, tmp_path)})
@@ -632,6 +705,14 @@ def test_curves_are_drawn_where_there_are_several_points(tmp_path):
     assert kinds(budgets) == ["budget", "conditions"]
     assert (tmp_path / "budget-1.svg").read_bytes() != with_clean
     first = (tmp_path / "budget-1.svg").read_bytes()
+    other = [copy.deepcopy(each) for each in budgets]
+    for each in other:
+        each["cell"]["protection_settings"] = {"weights": "other"}
+    clean = record("a", 1.0)
+    curves = benchmark_plots._curves(benchmark_plots._over_budget([*budgets, *other, clean]))
+    assert len(curves) == 2  # of two checkpoints of one name
+    for points in curves.values():
+        assert {x: len(cells) for x, cells in points.items()} == {4: 1, 8: 1, 16: 1, 0: 1}
     kinds(budgets)
     assert (tmp_path / "budget-1.svg").read_bytes() == first
 
