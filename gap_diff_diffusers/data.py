@@ -313,13 +313,15 @@ def save_sheet(
     to_pil(torch.cat(parts, dim=1)).save(path)
 
 
-def _may_have_a_face(square: Image.Image | Source) -> bool:
-    """Whether there is a face in a square or photo; yes if nobody can tell without a detector."""
+def warn_without_faces(photos: Sequence[Source], count: int = 16) -> None:
+    """Warn if there is no face in any of up to `count` of the photos; without a detector nobody can tell."""
+    looked_at = pick(photos, count)
     try:
-        image = square if isinstance(square, Image.Image) else face_square(square)
-        return bool(find_faces(np.array(image), side=400))
+        if any(is_readable(photo, face_scale=1.0) for photo in looked_at):
+            return
     except ImportError:
-        return True
+        return
+    logger.warning("found no face in any of %d of the %d photos; are these portraits?", len(looked_at), len(photos))
 
 
 def _caption(text: str, width: int) -> Image.Image:
@@ -333,8 +335,7 @@ class FaceCrops:
 
     The square is scaled to `native_size` times a factor from `scales`, and `crop_size` pixels are cut from it, half of
     them mirrored. Unreadable photos and those with a side under `minimum_side` are left out, and counted in
-    `unreadable` and `too_small`; it warns if there seems to be no face in any. Photos stay decoded up to `memory`
-    bytes; the rest is decoded for every crop.
+    `unreadable` and `too_small`. Photos stay decoded up to `memory` bytes; the rest is decoded for every crop.
     """
 
     def __init__(
@@ -366,9 +367,6 @@ class FaceCrops:
             else:
                 memory -= 3 * square.width**2
                 self.squares.append(square if memory >= 0 else source)
-        shown = pick(self.squares, 16)
-        if shown and not any(map(_may_have_a_face, shown)):
-            logger.warning("found no face in %d of the %d photos; are these portraits?", len(shown), len(self.squares))
         left_out = f"{self.unreadable} unreadable, {self.too_small} under {minimum_side} px a side"
         if not self.squares:
             raise ValueError(

@@ -67,10 +67,13 @@ def checkpoint(make_pipeline, tmp_path_factory) -> str:
 @pytest.fixture
 def photos(tmp_path):
     """A folder with 12 portraits, half of them in a folder below, and files that are none."""
+    return make_photos(tmp_path / "photos")
+
+
+def make_photos(folder):
     import numpy as np
     from PIL import Image
 
-    folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
     for index in range(12):
@@ -81,6 +84,20 @@ def photos(tmp_path):
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("")
     return folder
+
+
+# --- A face model in a folder (test_benchmark_surrogate.py, which hands out copies) ----------------------------------
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a text-to-image model of 64x64 pixels with random weights."""
+    from test_surrogate_training import make_config
+
+    from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    config = make_config(make_photos(folder / "photos"), folder)
+    DenoiserTrainer(config, AutoencoderTrainer(config).vae).pipeline.save_pretrained(folder / "model")
+    return folder / "model"
 
 
 # --- A tiny face model and photos of its size (test_finetuning.py, test_protections.py) ------------------------------

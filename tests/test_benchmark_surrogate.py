@@ -1,22 +1,19 @@
 """`gap-diff benchmark surrogate` and `training`, end to end on a tiny model: they say what they found."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
-from test_surrogate_training import make_config
 
 from gap_diff_diffusers import benchmark_displacement, load_surrogate
 from gap_diff_diffusers.cli import main
-from gap_diff_diffusers.training.surrogate import AutoencoderTrainer, DenoiserTrainer
 
 
 @pytest.fixture
-def model(photos, tmp_path):
-    config = make_config(photos, tmp_path)
-    DenoiserTrainer(config, AutoencoderTrainer(config).vae).pipeline.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+def model(tiny_model, tmp_path):
+    return str(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 def test_surrogate_measures_the_autoencoder_and_counts_faces(model, photos, tmp_path, capsys):

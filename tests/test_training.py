@@ -417,6 +417,7 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     command += ["--max_train_steps", "2", "--num_validation_images", "2", "--mixed_precision", "no"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "found no face in any of 11 of the 11 photos" in done.stderr
     assert (tmp_path / "out" / "pipeline_gap_diff_protection.py").is_file()  # for those without the package
     pipeline = GAPDiffProtectionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.generator.config.channels == [8, 8]

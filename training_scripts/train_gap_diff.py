@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
+from gap_diff_diffusers.data import warn_without_faces
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
 
 
@@ -30,6 +31,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     trainer = GAPDiffTrainer(config_from_arguments(GAPDiffTrainingConfig, arguments, arguments.config))
+    warn_without_faces(trainer.train_photos)
     figures = trainer.train(resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
