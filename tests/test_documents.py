@@ -55,6 +55,12 @@ def test_the_attacks_in_the_documents_are_those_of_the_cells():
         assert text in document.read_text(), f"{document.name}: make the report of {CELLS.name} again"
 
 
+def test_what_the_page_says_of_the_second_model_is_what_its_cells_say():
+    cells = benchmark_report.load_cells(CELLS.with_name("face-model-second"))
+    page = (ROOT / "gap_diff_diffusers" / "docs" / "training.md").read_text()
+    assert benchmark_report.to_markdown(cells).strip() in page
+
+
 def test_the_times_in_the_readme_are_those_of_the_cells():
     taken = [cell["seconds"] for cell in benchmark_report.load_cells(CELLS)]
     plain = [seconds["training"] + seconds["drawing"] for seconds in taken]
