@@ -389,10 +389,13 @@ class GAPDiffTrainer(TrainingLoop):
                 for x, y in zip(published_clean, published)
             ]
             figures[f"held_out/{encoder.name}"] = sum(moved) / len(moved)
+        side = min(self.config.crop_size, images.shape[-1])  # surrogates see as much as in training, from the middle
+        middle = slice((images.shape[-1] - side) // 2, (images.shape[-1] + side) // 2)
         for index, surrogate in enumerate(self.surrogates):
             for name, photos in (("", published), (" clean", published_clean)):
                 generator = torch.Generator().manual_seed(0)
-                losses = [self._denoising_loss(index, photo[None], generator).item() for photo in photos]
+                crops = photos[..., middle, middle]
+                losses = [self._denoising_loss(index, crop[None], generator).item() for crop in crops]
                 figures[f"held_out/denoising/{surrogate.name}{name}"] = sum(losses) / len(losses)
         figures["held_out/rms"] = (protected - images).square().mean().sqrt().item() * 255
         count = len(images)
