@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from .benchmark_report import (
     groups_of,
     named,
     person_means,
+    settings_of,
     told_apart,
 )
 from .transforms import PUBLISHING
@@ -191,22 +191,18 @@ def _over_jpeg(records: Iterable[Mapping[str, Any]]) -> Iterator[Place]:
         is_jpeg = isinstance(spec, dict) and spec["name"] == "jpeg" and set(spec) == {"name", "quality"}
         if spec is None or (is_jpeg and not isinstance(spec["quality"], list)):  # which is a range
             besides = {**cell, "publishing": None}
-            yield _settings(besides, CONDITION), describe(besides), spec and spec["quality"], record
+            yield settings_of(besides, CONDITION), describe(besides), spec and spec["quality"], record
 
 
 def _over_budget(records: Sequence[Mapping[str, Any]]) -> Iterator[Place]:
     """The levels, a curve for what was done; clean photos, with 0 levels, belong to every protection."""
     cells = [record["cell"] for record in records]
-    protections = {_settings(cell, PROTECTION): name for cell in cells if (name := _without_levels(cell))}
+    protections = {settings_of(cell, PROTECTION): name for cell in cells if (name := _without_levels(cell))}
     for record, cell in zip(records, cells, strict=True):
         name = _without_levels(cell)
-        for key, protection in {_settings(cell, PROTECTION): name}.items() if name else sorted(protections.items()):
+        for key, protection in {settings_of(cell, PROTECTION): name}.items() if name else sorted(protections.items()):
             label = ", then ".join([protection, *describe_after(cell)])
-            yield key + _settings(cell, AFTER), label, cell["levels"] if name else 0, record
-
-
-def _settings(cell: Mapping[str, Any], names: Sequence[str]) -> str:
-    return json.dumps([cell.get(name) for name in names])
+            yield key + settings_of(cell, AFTER), label, cell["levels"] if name else 0, record
 
 
 def _without_levels(cell: Mapping[str, Any]) -> str | None:

@@ -310,7 +310,7 @@ def _as_printed(records: Sequence[dict[str, Any]], figure: str | None) -> str | 
 def _worst_attackers(records: Sequence[dict[str, Any]]) -> list[Table]:
     """For each model that was attacked in several ways, what the best attack on each person got."""
     tables = []
-    models = _grouped(records, lambda record: json.dumps([record["cell"].get(key) for key in MODEL]))
+    models = _grouped(records, lambda record: settings_of(record["cell"], MODEL))
     for key, model in told_apart({key: cells[0]["cell"]["model"] for key, cells in models.items()}).items():
         cells = models[key]
         if len(_grouped(cells, _attack)) < 2:
@@ -353,7 +353,7 @@ def _what_it_takes(records: Sequence[dict[str, Any]]) -> Table:
         time, memory = _time(cells, "protection"), _memory_of_protecting(cells)
         rows.append([f"protecting a person's photos: {name}", time, "", memory, *shown])
     after = [record for record in records if describe_after(record["cell"])]
-    steps = _grouped(after, lambda record: json.dumps([record["cell"].get(key) for key in AFTER]))
+    steps = _grouped(after, lambda record: settings_of(record["cell"], AFTER))
     for name, cells in _label(steps, lambda cell: ", then ".join(describe_after(cell))).items():
         rows.append([f"then, of a person's photos: {name}", _time(cells, "purification"), "", "", *[""] * len(looks)])
     attacks = _grouped(sorted(records, key=lambda record: _title(record["cell"])), _drawing)
@@ -378,7 +378,7 @@ def _protections(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, 
     """The cells of each protection with its budget and settings, by what it is called."""
     protected = [record for record in records if record["cell"]["protection"] != "none"]
     settings = ("protection", "levels", "protection_settings")
-    groups = _grouped(protected, lambda record: json.dumps([record["cell"][name] for name in settings]))
+    groups = _grouped(protected, lambda record: settings_of(record["cell"], settings))
     return _label(groups, describe_protection)
 
 
@@ -415,8 +415,13 @@ def _memory_of_protecting(records: Iterable[Mapping[str, Any]]) -> str | Entry:
     return Entry(f"{max(peaks):.1f} GB", (Number(max(peaks), name=", GB"),)) if peaks else ""
 
 
+def settings_of(cell: Mapping[str, Any], names: Sequence[str]) -> str:
+    """These settings of a cell, as a key: equal for cells that have the same ones."""
+    return json.dumps([cell.get(name) for name in names])
+
+
 def _condition(record: Mapping[str, Any]) -> str:
-    return json.dumps([record["cell"].get(key) for key in CONDITION])
+    return settings_of(record["cell"], CONDITION)
 
 
 def _drawing(record: Mapping[str, Any]) -> str:

@@ -139,6 +139,11 @@ def portable_name(value: str | None) -> str | None:
     return Path(value).resolve().name
 
 
+def locate_model(model: str | Path) -> str | Path:
+    """Where a model that somebody names is: the face model that ships for "bundled", or else as it is named."""
+    return BUNDLED_FACE_MODEL if model == BUNDLED else model
+
+
 def initial_weights(path: str | None) -> dict[str, Any] | str:
     """What a record says of the weights that a training began with: their own record, or their name, or "random"."""
     earlier = Path(path, "training_record.json") if path else None

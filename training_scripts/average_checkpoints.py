@@ -30,20 +30,22 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.share <= 1:
         raise ValueError(f"expected --share from 0 to 1, got {arguments.share}")
-    pipelines = [GAPDiffProtectionPipeline.from_pretrained(path) for path in (arguments.first, arguments.second)]
-    budgets = [pipeline.config.noise_budget for pipeline in pipelines]
-    weights, others = (dict(pipeline.generator.named_parameters()) for pipeline in pipelines)
+    averaged = GAPDiffProtectionPipeline.from_pretrained(
+        arguments.second,
+        generator=GAPDiffGenerator.from_pretrained(
+            arguments.second, subfolder="generator", output_gain=arguments.output_gain
+        ),
+    )
+    other = GAPDiffProtectionPipeline.from_pretrained(arguments.first)
+    budgets = [pipeline.config.noise_budget for pipeline in (other, averaged)]
     if budgets[0] != budgets[1]:
         raise ValueError(f"expected two pipelines of one noise_budget, got {budgets[0]} and {budgets[1]}")
+    weights, others = (dict(pipeline.generator.named_parameters()) for pipeline in (averaged, other))
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
         raise ValueError("expected two generators of one architecture, got weights of different names or shapes")
-    generator = GAPDiffGenerator.from_pretrained(
-        arguments.second, subfolder="generator", output_gain=arguments.output_gain
-    )
     with torch.no_grad():
-        for name, parameter in generator.named_parameters():
-            parameter.lerp_(weights[name], 1 - arguments.share)
-    averaged = GAPDiffProtectionPipeline(generator.eval(), noise_budget=budgets[0])
+        for name, parameter in weights.items():
+            parameter.lerp_(others[name], 1 - arguments.share)
     averaged.save_pretrained(arguments.output_dir)
     first, second = (
         json.loads((path / "training_record.json").read_text(encoding="utf-8"))

@@ -26,9 +26,9 @@ from packaging.version import Version
 from ..config import check_choices
 from ..data import to_pil
 from ..download import cache_folder, fetch_file
-from ..finetuning import FACE_MODEL_SETTINGS, DreamBoothConfig, center_square, draw_class_images
+from ..finetuning import FACE_MODEL_SETTINGS, DreamBoothConfig, center_square, check_draws, draw_class_images
 from ..surrogates.base import DiffusionSurrogate
-from .base import Attacker, check_draws, says_out_of_memory
+from .base import Attacker, says_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import BUNDLED, BUNDLED_FACE_MODEL
+from ..config import BUNDLED_FACE_MODEL, locate_model
 from ..registry import Registry
 from .base import PromptEmbedding, Surrogate
 from .ensemble import EnsembleSurrogate
@@ -68,8 +68,7 @@ def load_surrogate(
         OSError: the Hub cannot be reached and the model is not in its cache.
         TypeError: an unknown option.
     """
-    if model == BUNDLED:
-        model = BUNDLED_FACE_MODEL
+    model = locate_model(model)
     is_file = Path(model).is_file()
     class_name = "AutoencoderTiny" if is_file else read_class_name(model, subfolder, revision, token)
     if class_name not in SURROGATES:

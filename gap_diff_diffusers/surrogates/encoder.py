@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..config import BUNDLED, BUNDLED_FACE_MODEL
+from ..config import locate_model
 from .base import Surrogate, check_images, encode_latents
 from .files import find_file, read_class_name
 
@@ -110,8 +110,7 @@ class EncoderSurrogate(Surrogate):
         Raises:
             ValueError: there is no such model, or it is of another kind.
         """
-        if model == BUNDLED:
-            model = BUNDLED_FACE_MODEL
+        model = locate_model(model)
         if Path(model).is_file():
             return cls(build_tiny_encoder(safetensors.torch.load_file(model)).to(dtype), Path(model).stem)
         from diffusers import AutoencoderKL, AutoencoderTiny

@@ -17,7 +17,7 @@ from diffusers import (
 from kornia.metrics import ssim
 from torch import nn
 
-from ..config import BUNDLED, BUNDLED_FACE_MODEL
+from ..config import BUNDLED, locate_model
 from .base import Draw, Transform, check_whole_numbers, draw_index
 from .filters import interpolate
 
@@ -317,7 +317,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 def _load_pipeline(model: str) -> DiffusionPipeline:
     """ValueError if it is none."""
-    folder = str(BUNDLED_FACE_MODEL if model == BUNDLED else model)
+    folder = str(locate_model(model))
     try:
         unused = {}
         if "safety_checker" in DiffusionPipeline.load_config(folder):  # which would turn photos black
@@ -329,7 +329,7 @@ def _load_pipeline(model: str) -> DiffusionPipeline:
 
 def _load_autoencoder(model: str) -> AutoencoderKL:
     """ValueError if it is none."""
-    folder = str(BUNDLED_FACE_MODEL if model == BUNDLED else model)
+    folder = str(locate_model(model))
     try:
         is_pipeline = "_class_name" in DiffusionPipeline.load_config(folder)
     except (OSError, ValueError):
