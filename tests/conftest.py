@@ -1,8 +1,12 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Callable
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the threads of processes side by side would wait for each other's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # --- Tiny generators and pipelines, in memory (test_pipeline.py, test_hub.py) ---------------------------------------

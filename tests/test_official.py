@@ -40,12 +40,15 @@ if float(known.learning_rate) > 2:
     os.kill(os.getpid(), 9)
 if float(known.learning_rate) > 1:
     sys.exit("the learning rate is too high")
-from diffusers import StableDiffusionPipeline
+import shutil
+from safetensors.numpy import load_file, save_file
 steps = int(rest[rest.index("--max_train_steps") + 1])
 sum(range(5_000_000 * steps))  # more steps take longer
-pipeline = StableDiffusionPipeline.from_pretrained(known.pretrained_model_name_or_path)
-pipeline.unet.conv_in.bias.data += 1
-pipeline.save_pretrained(known.output_dir)
+shutil.copytree(known.pretrained_model_name_or_path, known.output_dir, dirs_exist_ok=True)
+(unet,) = pathlib.Path(known.output_dir, "unet").glob("*.safetensors")
+weights = load_file(unet)
+weights["conv_in.bias"] += 1
+save_file(weights, unet, {"format": "pt"})
 photos = [sorted(os.listdir(folder)) for folder in (known.instance_data_dir, known.class_data_dir)]
 pathlib.Path(r"{record}").write_text(json.dumps([photos, rest, os.environ["ACCELERATE_MIXED_PRECISION"]]))
 """

@@ -464,7 +464,14 @@ def test_the_last_timestep_can_be_noise_alone(photos, tmp_path):
     assert trainer.sample(1).isfinite().all()
 
 
+def keep_few(photos):
+    """Looking for faces takes a while."""
+    for index in range(6, 12):
+        (photos / ("more" if index % 2 else ".") / f"{index}.png").unlink()
+
+
 def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
+    keep_few(photos)
     with pytest.raises(ValueError, match=r"expected photos to learn.*no face was found"):
         DenoiserTrainer(
             make_config(photos, tmp_path, face_scale=2.0), AutoencoderTrainer(make_config(photos, tmp_path)).vae
@@ -475,10 +482,11 @@ def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
     config = make_config(photos, tmp_path, face_scale=2.0)
     trainer = DenoiserTrainer(config, AutoencoderTrainer(config).vae)
     assert len(trainer.latents) + len(trainer.held_out) == 2 * len(with_face)  # and their mirror images
-    assert trainer.left_out == 13 - len(with_face)
+    assert trainer.left_out == 7 - len(with_face)
 
 
 def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_path):
+    keep_few(photos)
     for changes, message in (
         ({"face_scale": 2.0}, "expected photos with a face to learn and to hold out, found none"),
         ({"init_from": str(tmp_path / "no_model")}, "which has none"),
@@ -552,12 +560,12 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
     assert str(tmp_path) not in (out / "vae" / "config.json").read_text()
 
-    for changes, message in (
-        ([], "an output folder without"),
-        (["--resume_from_checkpoint", "--kl_weight", "1", "--ema_decay", "0.5"], "another kl_weight, ema_decay"),
-    ):
-        refused = subprocess.run([*without_pushing, *changes], capture_output=True, text=True)
-        assert refused.returncode != 0 and message in refused.stderr and "Traceback" not in refused.stderr
+    refused = subprocess.run(without_pushing, capture_output=True, text=True)
+    assert refused.returncode != 0 and "an output folder without" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    changed = make_config(photos, out, feature_encoders=(encoder,), kl_weight=1.0, ema_decay=0.5)
+    with pytest.raises(ValueError, match="another kl_weight, ema_decay"):
+        train_surrogate(changed, resume="latest")
 
 
 @pytest.mark.parametrize(
