@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from .attackers import ATTACKERS
-from .config import ATTACK_RECORD, BUNDLED, PICTURES, choose_device
+from .config import ATTACK_RECORD, BUNDLED, PICTURES, check_outside, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "answered with all of them",
     )
     parser.add_argument(
-        "--prompts", nargs="+", metavar="PROMPT", help="what to draw (default: what it was trained on)"
+        "--prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="what to draw; {} stands for what the person is called (default: what it was trained on)",
     )
     parser.add_argument("--count", type=int, default=32, help="pictures to draw for each prompt (default: 32)")
     parser.add_argument(
@@ -79,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TRANSFORM",
         help="what becomes of the photos before the model learns them, in this order: names such as "
-        'gaussian_noising, or JSON such as \'{"name": "jpeg", "quality": 70}\'',
+        'gaussian_noising, or JSON such as \'{"name": "jpeg", "quality": 70}\'; compression and resizing of whole '
+        "photos, anything else, and what follows it, of the squares that are learned",
     )
     parser.add_argument(
         "--reference",
@@ -106,6 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {output}")
+    read = [*arguments.photos, *(arguments.reference or [])]
+    for path in filter(None, (output, arguments.class_images)):
+        check_outside(path, filter(os.path.isdir, read), "the folder")
     if arguments.count < 1:
         raise ValueError(f"expected --count of at least 1, got {arguments.count}")
     if arguments.steps is not None and arguments.steps < 1:
@@ -142,10 +150,15 @@ def run(arguments: argparse.Namespace) -> int:
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
     surrogate = load()
-    if len(photos) < 3:
-        logger.warning("%d photos: most attacks on people need at least three or four", len(photos))
+    attacker.check_model(surrogate)
+    if (count := len(photos)) < 3:
+        logger.warning("%d photos: most attacks on people need at least three or four", count)
     has_face = _look_for_people(photos) or bool(arguments.reference)
-    prompts = arguments.prompts or [config.instance_prompt]
+    prompts = [text.replace("{}", config.subject) for text in arguments.prompts or [config.instance_prompt]]
+    word = getattr(config, "rare_token", None)
+    for prompt in prompts:
+        if word and word not in prompt:
+            logger.warning("%r lacks %s, the word that is learned for the person; {} stands for it", prompt, word)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name, memory_errors():
         folder = Path(name) / output.name
@@ -157,7 +170,12 @@ def run(arguments: argparse.Namespace) -> int:
         conditions = {
             name: _cut_transformed(each, transforms, config.resolution, device) for name, each in given.items()
         }
-        del transforms  # and their models, which would take memory while another one learns
+        del transforms, photos, given, class_photos  # and models, which would take memory while another one learns
+        if has_face and not _show_face(next(iter(conditions.values()))):
+            logger.warning(
+                "no face was found in what is learned, the middle of each photo at %d px a side; cut the photos to it",
+                config.resolution,
+            )
         rows, seconds = [], {}
         for condition, squares in conditions.items():
             surrogate = surrogate or load()  # the one before has learned the clean photos
@@ -189,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
             "config": asdict(config) | ({"diffusers_examples": digest} if digest else {}),
             "model": portable_name(arguments.model),
             "revision": arguments.revision,
-            "photos": len(photos),
+            "photos": count,
             "transforms": arguments.transforms,
             "class_images": portable_name(arguments.class_images),
             "prompts": prompts,
@@ -215,20 +233,20 @@ def _read_transforms(specs: list[str]) -> list:
     from .transforms import build_transform
 
     try:
-        return [build_transform(json.loads(spec) if spec.startswith("{") else spec).eval() for spec in specs]
+        return [build_transform(json.loads(s) if s.startswith(("{", "[")) else s).eval() for s in specs]
     except json.JSONDecodeError as error:
-        raise ValueError(f"--transforms {' '.join(specs)}: expected names or JSON objects, got {error}") from error
+        raise ValueError(f"--transforms {' '.join(specs)}: expected names or JSON, got {error}") from error
 
 
 def _cut_transformed(photos: list, transforms: list, resolution: int, device):
     """Photos (3,H,W) in [0,1] after all transforms, as squares (N,3,side,side) on the CPU.
 
-    Whole photos are published, so they are transformed at their own size, until a transform computes with models: that
-    one and those after it get the squares that the attacker learns, on the device.
+    Whole photos are published, so they are compressed and resized at their own size. What is not `publishing`, and
+    what follows it, gets the squares that the attacker learns, on the device: shrinking would undo most of it.
     """
     import torch
 
-    whole = list(itertools.takewhile(lambda transform: not transform.networks, transforms))
+    whole = list(itertools.takewhile(lambda transform: transform.publishing, transforms))
     with torch.no_grad():
         for transform in whole:
             photos = [transform(photo[None])[0] for photo in photos]
@@ -403,6 +421,16 @@ def _look_for_people(photos: list) -> bool:
         logger.warning("no face was found in %d photos; what is drawn can then not be compared with them", len(photos))
         return False
     return True
+
+
+def _show_face(photos) -> bool:
+    """Whether one of the photos (N,3,H,W) in [0,1] shows a face, or there is no detector to say so."""
+    from .recognition import DlibFaces
+
+    try:
+        return bool(DlibFaces().largest_faces(photos.clamp(0, 1)))
+    except ImportError:
+        return True
 
 
 def cut_squares(images: list, resolution: int):

@@ -94,7 +94,8 @@ def draw_grids(records: Sequence[Mapping[str, Any]], pictures: Path, folder: Pat
                 save_sheet(rows, written[-1], SHOWN, title=f"{person}: {title}")
     if not written:
         raise ValueError(
-            f"{pictures}: expected pictures of these cells, found none; benchmark run --pictures saves them"
+            f"{pictures}: expected pictures of these cells, found none; benchmark run --pictures saves those of cells "
+            "that it runs"
         )
     return written
 

@@ -152,8 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard",
         metavar="I/N",
-        help="the I-th of N parts of the cells, from 1/N to N/N (default: all; or, of accelerate launch "
-        "--num_processes N -m gap_diff_diffusers benchmark run ..., a part for each process, on a GPU of its own)",
+        help="the I-th of N parts of the cells, from 1/N to N/N (default: all); the processes of accelerate launch -m "
+        "gap_diff_diffusers benchmark run ... share such a part among themselves, each on a GPU of its own",
     )
     parser.add_argument("--pictures", metavar="FOLDER", help="save what was drawn, a picture a cell; not for show")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda if there is one, else cpu)")
@@ -172,9 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
     results = Path(arguments.output)
     check_results(results)
     index, count = read_shard(arguments.shard)
-    launched = arguments.shard is None and count > 1
+    launched = read_shard(None)[1] > 1
     runner = _Runner(config, people, results, arguments)
     groups = all_groups(config, runner.inputs)[index::count]
+    if arguments.pictures:
+        _warn_of_lacking_pictures(groups, results, Path(arguments.pictures))
     groups = missing(groups, results)
     results.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
@@ -289,24 +291,34 @@ def missing(groups: list[list[dict[str, Any]]], results: Path) -> list[list[dict
     return [cells for cells in groups if cells]
 
 
+def _warn_of_lacking_pictures(groups: list[list[dict[str, Any]]], results: Path, pictures: Path) -> None:
+    done = [path for cells in groups for cell in cells if (path := cell_path(results, cell)).is_file()]
+    if lacking := [path for path in done if not (pictures / f"{path.stem}.png").is_file()]:
+        logger.warning(
+            "%d cells that are there have no picture in %s, such as %s; delete them to have them run again",
+            len(lacking),
+            pictures,
+            lacking[0],
+        )
+
+
 def read_shard(shard: str | None) -> tuple[int, int]:
-    """Which of how many parts of the cells, from 0: what `--shard I/N` says, or this process of `accelerate launch`.
+    """Which of how many parts of the cells, from 0: of the part that `--shard I/N` names, or of all, that of this
+    process of those that `accelerate launch` started.
 
-    The latter also gives each process a GPU of its own, so it comes before any model is loaded. The processes do not
-    speak to each other, so none waits for another's, and a slow one is given up by nobody.
+    It also gives each process a GPU of its own, so it comes before any model is loaded. The processes do not speak to
+    each other, so none waits for another's, and a slow one is given up by nobody.
     """
-    if shard is None:
-        import torch
-        from accelerate.utils import get_cpu_distributed_information
+    import torch
+    from accelerate.utils import get_cpu_distributed_information
 
-        launched = get_cpu_distributed_information()  # what the launcher says, of GPUs as well
-        if launched.world_size > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
-        return launched.rank, launched.world_size
-    index, _, count = shard.partition("/")
+    index, _, count = (shard or "1/1").partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ValueError(f"expected --shard I/N from 1/N to N/N, got {shard}")
-    return int(index) - 1, int(count)
+    launched = get_cpu_distributed_information()  # what the launcher says, of GPUs as well
+    if launched.world_size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
+    return (int(index) - 1) * launched.world_size + launched.rank, int(count) * launched.world_size
 
 
 def check_results(results: Path) -> None:
@@ -491,6 +503,7 @@ class _Runner:
         cell, person = cells[0], self.people[cells[0]["person"]]
         device = self.surrogate.denoiser.device
         attacker = make_cells_attacker(self.config, cell)
+        attacker.check_model(self.surrogate)
         started = time.perf_counter()
         forget_peak_memory(device)
         photos, cost, protected = self._prepare(cell, person)

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
         ValueError: an unknown key in the file (the known ones are named), or a field that neither gives.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    values = json.loads(Path(path).read_text()) if path else {}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except ValueError as error:  # of JSON, or of its encoding
+        raise ValueError(f"{path}: expected a file of settings as JSON, got another: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object of settings, got {type(values).__name__}")
     unknown = sorted(set(values) - set(fields))
@@ -130,6 +134,14 @@ def check_types(config: object) -> None:
             raise ValueError(
                 f"expected {field.name} {'as a list of' if many else 'of type'} {expected}, got {value!r}"
             )
+
+
+def check_outside(path: str | os.PathLike, folders: Iterable[str | os.PathLike], what: str = "the output") -> None:
+    """ValueError if a path is one of the folders to read, or lies in one: what is there would be taken for a photo."""
+    for folder in folders:
+        if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            where = "is" if Path(path).resolve() == Path(folder).resolve() else "lies in"
+            raise ValueError(f"{what} {path} {where} the input folder {folder}; choose a folder outside of it")
 
 
 def portable_name(value: str | None) -> str | None:

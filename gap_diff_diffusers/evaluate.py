@@ -4,10 +4,11 @@ import argparse
 import csv
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import ATTACK_RECORD, PICTURES, table
+from .config import ATTACK_RECORD, PICTURES, check_outside, table
 from .metrics import METRICS, OFFLINE
 from .metrics.paper import FIGURES, paper_mean, without_backend
 
@@ -73,11 +74,16 @@ def evaluate(
         if not Path(folder).is_dir():
             raise ValueError(f"expected folders of generated pictures, got {folder}")
     _warn_of_swapping(generated, reference)
+    places = [_pictures(Path(folder)) for folder in generated]
+    for place in places:
+        others = [path for path in reference if not os.path.exists(path) or not os.path.samefile(path, place)]
+        check_outside(place, filter(os.path.isdir, others), "the folder")
+        for path in others:
+            check_outside(path, [place], "the reference")
     measures = [METRICS.load(name)() for name in metrics]
     photos = read_images(reference)
     rows = []
-    for folder in generated:
-        place = _pictures(Path(folder))
+    for folder, place in zip(generated, places, strict=True):
         paths, images = zip(*read_named_images([place]))
         results = [result for measure in measures for result in measure(images, photos)]
         if accounting == "gap-diff":

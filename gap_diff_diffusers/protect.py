@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .budget import budget_levels, largest_change
-from .config import choose_device, finite, provenance, write_json
+from .config import check_outside, choose_device, finite, provenance, write_json
 from .images import (
     JPEG_QUALITY,
     PHOTO_SUFFIXES,
@@ -401,10 +401,7 @@ def _output_format(arguments: argparse.Namespace) -> str:
 
 def _check_output(output: str, paths: list[str], folders: list[str]) -> None:
     resolved = Path(output).resolve()
-    for folder in folders:
-        if resolved.is_relative_to(Path(folder).resolve()):
-            where = "is" if resolved == Path(folder).resolve() else "lies in"
-            raise ValueError(f"the output {output} {where} the input folder {folder}; choose a folder outside of it")
+    check_outside(output, folders)
     if _is_one_file(output):
         if folders or len(paths) > 1:
             raise ValueError(f"-o {output} is one file, and there may be several photos; give a folder")

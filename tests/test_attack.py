@@ -103,11 +103,13 @@ def test_attack_learns_what_the_transforms_leave(model, person, tmp_path):  # no
     assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
 
 
-def test_models_purify_the_squares_that_are_learned_and_what_comes_before_whole_photos(model, person, tmp_path):  # noqa: F811
-    jpeg, model_spec = {"name": "jpeg", "quality": 30}, {"name": "diffpure", "model": model, "steps": 1}
+@pytest.mark.parametrize("purifier", ["diffpure", "adverse_cleaner"])
+def test_photos_are_compressed_whole_and_purified_at_the_size_that_is_learned(model, person, tmp_path, purifier):  # noqa: F811
+    jpeg = {"name": "jpeg", "quality": 30}
+    model_spec = {"name": "diffpure", "model": model, "steps": 1} if purifier == "diffpure" else {"name": purifier}
     command = ["attack", str(person), "-o", str(tmp_path / "out"), "--model", model, "--count", "1"]
     command += ["--method", "sdedit", "--set", "resolution=64", "num_inference_steps=4"]
-    assert main([*command, "--transforms", json.dumps(jpeg), json.dumps(model_spec)]) == 0
+    assert main([*command, "--transforms", json.dumps([jpeg]), json.dumps(model_spec)]) == 0
     compressed = [build_transform(jpeg).eval()(photo[None])[0] for photo in read_images([person])]
     purified = build_transform(model_spec).eval()(cut_squares(compressed, 64).clamp(0, 1))
     sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))[20:84]
@@ -173,11 +175,13 @@ def test_what_attack_refuses(model, person, photos, tmp_path, capsys):  # noqa: 
             f"train_dreambooth_lora.py in {tmp_path / 'empty'}, found none",
         ),
         ([*base, "--class-images", str(tmp_path / "out" / "class")], "outside of the output"),
-        ([*base, "--class-images", str(person / "0.png")], "expected a folder of pictures"),
+        ([*base, "--class-images", str(photos / "0.png")], "expected a folder of pictures"),
         ([*base, "--method", "sdedit", "--set", "prior_loss_weight=1"], "with one of"),
         ([*base, "--transforms", "sepia"], "expected the name of a transform, got 'sepia'"),
-        ([*base, "--transforms", '{"name": '], "expected names or JSON objects"),
+        ([*base, "--transforms", '{"name": '], "expected names or JSON, got"),
         ([*base, "--reference", str(photos)], "--reference is for --protect"),
+        ([*base[:-1], str(person / "out")], "lies in the input folder"),
+        ([*base, "--class-images", str(person)], "is the input folder"),
         (["attack", str(tmp_path / "empty"), *base[2:]], "found none"),
         (["attack", str(tmp_path / "missing.png"), *base[2:]], "got none in"),
         ([*base[:-1], str(photos)], "new or empty folder"),
@@ -206,6 +210,11 @@ def test_evaluate_tells_the_person_from_others(person, tmp_path, capsys):
     lines = [line.replace(f"{tmp_path}/", "") for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("| person | 3 |") and "| 0% | 100% | 1.00 | 1.00 | 0.00 |" in line for line in lines)
     assert any(line.startswith("| nobody | 2 |") and "| 100% | 0% | none | 0.00 | none |" in line for line in lines)
+    (person / "drawn").mkdir()
+    assert main(["evaluate", str(person / "drawn"), "--reference", str(person)]) == 2
+    assert main(["evaluate", str(person), "--reference", str(person / "drawn")]) == 2
+    assert capsys.readouterr().err.count("lies in the input folder") == 2
+    (person / "drawn").rmdir()
     record = json.loads((tmp_path / "figures.json").read_text())
     assert record["reference_photos"] == 3 and [row["pictures"] for row in record["rows"]] == [3, 2]
     assert main([*command, "--output", str(tmp_path / "figures.csv")]) == 0

@@ -77,7 +77,7 @@ def command(model, people, checkpoint, tmp_path):  # noqa: F811
     return [*base, "--model", model, "--checkpoint", checkpoint]
 
 
-def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
+def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys, caplog):
     results = tmp_path / "results"
     assert main([*command, "--pictures", str(tmp_path / "pictures")]) == 0
     assert "6 attacks run, 0 failed, 12 cells" in capsys.readouterr().out
@@ -94,8 +94,9 @@ def test_every_cell_is_run_once_and_reported(command, tmp_path, capsys):
     drawn = {path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
     assert len(drawn) == 6  # three conditions and two prompts; the two people's photos are the same
 
-    assert main(command) == 0
+    assert main([*command, "--pictures", str(tmp_path / "elsewhere")]) == 0
     assert "0 attacks run, 0 failed, 12 cells" in capsys.readouterr().out
+    assert "12 cells that are there have no picture in" in caplog.text
     assert {path.name: path.read_bytes() for path in results.iterdir()} == cells
 
     name = min(cells)
@@ -161,7 +162,7 @@ def test_launched_processes_share_the_cells(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert benchmark_run.read_shard(None) == (2, 4)  # at once: it waits for no other process
-    assert benchmark_run.read_shard("2/3") == (1, 3)
+    assert benchmark_run.read_shard("2/3") == (6, 12)  # the four share the second third
 
 
 def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
@@ -171,9 +172,9 @@ def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it had not ended
     before = {path: path.read_bytes() for path in results.glob("*.json")}
-    assert all("cell" in json.loads(content) for content in before.values())
+    assert 3 <= len(before) < 12 and all("cell" in json.loads(content) for content in before.values())
     assert main(command) == 0
     after = {path: path.read_bytes() for path in results.glob("*.json")}
     assert len(after) == 12 and all(after[path] == content for path, content in before.items())

@@ -59,6 +59,7 @@ def test_what_the_page_says_of_the_second_model_is_what_its_cells_say():
     cells = benchmark_report.load_cells(CELLS.with_name("face-model-second"))
     page = (ROOT / "gap_diff_diffusers" / "docs" / "training.md").read_text()
     assert benchmark_report.to_markdown(cells).strip() in page
+    assert mean_of_six(cells, protection="gap-diff", publishing=JPEG) <= mean_of_six(cells, protection="none") / 2
 
 
 def test_the_times_in_the_readme_are_those_of_the_cells():
@@ -72,18 +73,21 @@ def test_the_times_in_the_readme_are_those_of_the_cells():
         assert f"{min(seconds):.0f} to {max(seconds):.0f} s" in readme
 
 
+JPEG = {"name": "jpeg", "quality": 70}
+
+
+def mean_of_six(cells, figure="recognised", **condition):
+    chosen = [c for c in cells if all(c["cell"][key] == value for key, value in condition.items())]
+    assert len({c["cell"]["person"] for c in chosen}) == 6 == len(chosen)
+    return sum(c["figures"][figure]["mean"] for c in chosen) / 6
+
+
 def test_the_attacks_meet_their_bars():
     cells = benchmark_report.load_cells(CELLS)
-
-    def mean(figure, **condition):
-        chosen = [c for c in cells if all(c["cell"][key] == value for key, value in condition.items())]
-        assert len(chosen) == 6
-        return sum(c["figures"][figure]["mean"] for c in chosen) / 6
-
-    clean = mean("recognised", protection="none")
-    assert clean >= 0.6 and mean("FDFR", protection="none") < 0.1
-    assert mean("recognised", protection="gap-diff", publishing={"name": "jpeg", "quality": 70}) <= clean / 3
-    assert mean("recognised", protection="gap-diff", publishing=None) <= 0.265 * clean  # the aim is a quarter
+    clean = mean_of_six(cells, protection="none")
+    assert clean >= 0.6 and mean_of_six(cells, "FDFR", protection="none") < 0.1
+    assert mean_of_six(cells, protection="gap-diff", publishing=JPEG) <= clean / 3
+    assert mean_of_six(cells, protection="gap-diff", publishing=None) <= 0.265 * clean  # the aim is a quarter
     assert all(c["peak_memory_gb"] <= 3 for c in cells)
     # Of all cells; the aim is 240 s in each.
     assert sorted(c["seconds"]["training"] + c["seconds"]["drawing"] for c in cells)[len(cells) // 2] <= 270

@@ -92,6 +92,9 @@ class Attacker(ABC):
         """Of the program that attacks, if it is none of this package; ValueError if it is missing."""
         return None
 
+    def check_model(self, surrogate: DiffusionSurrogate) -> None:  # noqa: B027 - most say so when called
+        """ValueError if the method cannot personalize such a model, before anything is drawn with it."""
+
     def check_saving(self) -> None:  # noqa: B027 - most can always be saved
         """ValueError if what these settings make could not be saved."""
 

@@ -7,6 +7,7 @@ few files of one of the `RELEASES`; a script needs a diffusers as new as itself 
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from packaging.version import Version
 
 from ..config import check_choices
@@ -112,10 +113,12 @@ class OfficialAttacker(Attacker):
     Raises, besides what every attacker does, when called:
         MemoryError: the script said that memory ran out, or was killed, as systems do then.
         OSError: it failed otherwise.
+        ImportError: it needs torchvision.
     """
 
     config_class = OfficialConfig
     script: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     with_prior: ClassVar[bool] = True
 
     def __call__(
@@ -127,7 +130,7 @@ class OfficialAttacker(Attacker):
         progress: bool = True,
     ) -> DiffusionPipeline:
         script = self.find_script()
-        check_draws(surrogate)
+        self.check_model(surrogate)
         config = self.config
         if config.prior_loss_weight and self.with_prior and class_images is None:
             class_images = draw_class_images(surrogate, config)
@@ -138,13 +141,20 @@ class OfficialAttacker(Attacker):
             if class_images is not None:
                 _save(class_images, config.resolution, workspace / "class")
                 config = replace(config, num_class_images=len(class_images))
-            cpu = surrogate.denoiser.device.type == "cpu"
+            device = surrogate.denoiser.device
+            cpu = device.type == "cpu"
             command = [sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if cpu else [])]
             command += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
             command += ["--mixed_precision", config.mixed_precision, str(script), *self.flags(workspace, config)]
+            if surrogate.denoiser.is_gradient_checkpointing:
+                command.append("--gradient_checkpointing")
             logger.info("running %s", script)
-            environment = _environment(surrogate.denoiser.device)
-            code, said = _run(command, show=progress, cwd=workspace, env=environment)
+            environment = _environment(device)
+            surrogate.to("cpu")  # the script needs the memory
+            try:
+                code, said = _run(command, show=progress, cwd=workspace, env=environment)
+            finally:
+                surrogate.to(device)
             if code:
                 # What the script said last stands before the launcher's own traceback.
                 lines = said.rpartition("Traceback (most recent call last)")[0].strip().splitlines()
@@ -160,14 +170,27 @@ class OfficialAttacker(Attacker):
         attacker = cls(**vars(config))
         return hashlib.sha256(attacker.find_script().read_bytes()).hexdigest()[:16]
 
+    def check_model(self, surrogate: DiffusionSurrogate) -> None:
+        check_draws(surrogate)
+        if not isinstance(surrogate.pipeline, self.pipeline_class):
+            raise ValueError(
+                f"{surrogate.name}: expected a {self.pipeline_class.__name__} for {self.script}, got a "
+                f"{type(surrogate.pipeline).__name__}; use another script, or a method that is not official:..."
+            )
+
     def find_script(self) -> Path:
-        """The script; ValueError that says where it was looked for."""
+        """The script; ValueError that says where it was looked for, ImportError if it needs what is missing."""
         given = self.config.diffusers_examples
         fetched = [scripts_folder(tag) for tag in sorted(RELEASES, key=Version, reverse=True)]
         places = [Path(given)] if given else fetched
         for folder in places:
             for path in (folder / "examples" / self.script, folder / self.script):
                 if path.is_file():
+                    if "torchvision" in path.read_text(encoding="utf-8") and not _has_torchvision():
+                        raise ImportError(
+                            f"{path.name} needs torchvision, which is not there; install the build of it that belongs "
+                            f"to torch {torch.__version__}, or take a method that is not official:..."
+                        )
                     return path.resolve()
         raise ValueError(
             f"expected {self.script} in {places[0]}, found none; run gap-diff fetch-attackers, or set "
@@ -261,6 +284,7 @@ class OfficialLoRASDXL(OfficialLoRA):
     """`train_dreambooth_lora_sdxl.py`."""
 
     script = "dreambooth/train_dreambooth_lora_sdxl.py"
+    pipeline_class = StableDiffusionXLPipeline
 
 
 class OfficialTextualInversion(OfficialAttacker):
@@ -331,6 +355,13 @@ class OfficialCustomDiffusion(OfficialAttacker):
             weights[place].data.copy_(value)
         surrogate.pipeline.load_textual_inversion(folder / f"{self.config.rare_token}.safetensors")
         return surrogate.pipeline
+
+
+@functools.cache
+def _has_torchvision() -> bool:
+    """Whether the interpreter that runs the scripts finds it."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torchvision') is None)"
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _run(command: list[str], *, show: bool, **options: Any) -> tuple[int, str]:

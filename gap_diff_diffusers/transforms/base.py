@@ -26,10 +26,13 @@ class Transform(nn.Module):
         published_clean, published = transform.apply_draw(clean, draw), transform.apply_draw(protected, draw)
 
     A subclass defines `apply_draw`, and `draw` where something is random. `differentiable` says whether gradients
-    reach the pixels; a straight-through gradient (the identity's, for an operation that has none) counts.
+    reach the pixels; a straight-through gradient (the identity's, for an operation that has none) counts. `publishing`
+    says whether it is what becomes of a whole photo that is posted; what an attacker does to it is done at the size
+    that is learned, since shrinking afterwards would undo most of it.
     """
 
     differentiable: bool = True
+    publishing: bool = False
     networks: Sequence[nn.Module] = ()
     """Models that it computes with, which decide on what comes out as its settings do."""
 
@@ -176,6 +179,8 @@ def check_whole_numbers(minimum: int, **values: Any) -> None:
 class Identity(Transform):
     """The photo as it is: the control of a mixture and of an evaluation."""
 
+    publishing = True
+
     def apply_draw(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         return images
 
@@ -191,6 +196,11 @@ class Compose(Transform):
     def differentiable(self) -> bool:
         """Whether gradients pass through every step."""
         return all(transform.differentiable for transform in self.transforms)
+
+    @property
+    def publishing(self) -> bool:
+        """Whether every step belongs to it."""
+        return all(transform.publishing for transform in self.transforms)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -237,6 +247,11 @@ class RandomChoice(Transform):
     def differentiable(self) -> bool:
         """Whether gradients pass through every choice."""
         return all(transform.differentiable for transform in self.choices)
+
+    @property
+    def publishing(self) -> bool:
+        """Whether every choice belongs to it."""
+        return all(transform.publishing for transform in self.choices)
 
     @property
     def networks(self) -> list[nn.Module]:

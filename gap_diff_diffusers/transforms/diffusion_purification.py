@@ -85,7 +85,7 @@ class DiffPure(_ModelTransform):
         self.resolution = resolution or native
         if self.resolution % multiple:
             raise ValueError(f"resolution: expected a multiple of {multiple}, got {self.resolution}")
-        end = pipeline.scheduler.config.num_train_timesteps
+        self.end = end = pipeline.scheduler.config.num_train_timesteps
         if timestep > end:
             raise ValueError(f"timestep: expected one up to the model's {end}, got {timestep}")
         self.strength = timestep / end
@@ -106,7 +106,7 @@ class DiffPure(_ModelTransform):
                 prompt=self.prompt,
                 image=image,
                 strength=self.strength,
-                num_inference_steps=math.ceil(self.steps / self.strength),
+                num_inference_steps=math.ceil(self.steps * self.end / self.timestep),
                 guidance_scale=1.0,
                 generator=source,
                 output_type="pt",

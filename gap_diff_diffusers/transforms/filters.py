@@ -74,6 +74,8 @@ class Resize(Transform):
         ValueError: both `scale` and `long_side`, or a value out of range.
     """
 
+    publishing = True
+
     def __init__(
         self,
         scale: float | Sequence[float] | None = None,
@@ -142,6 +144,8 @@ class Quantize(Transform):
     Source: GAP-Diff's evaluation with 64 levels. Upstream takes the floor of 64 times the value, which
     leaves 65 values and darkens by 2 of 255 levels; here they are rounded.
     """
+
+    publishing = True
 
     def __init__(self, levels: int | Sequence[int] = 64, *, pinned: int | None = None):
         super().__init__()

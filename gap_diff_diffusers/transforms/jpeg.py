@@ -33,6 +33,8 @@ class JPEGMask(Transform):
     is none here; upstream's version fails on photos that are not square. Clipped pixels keep their gradient here.
     """
 
+    publishing = True
+
     def __init__(self, luma: int = 5, *, chroma: int = 3):
         super().__init__()
         self.luma, self.chroma = (
@@ -77,6 +79,8 @@ class DifferentiableJPEG(Transform):
     Source: `kornia.enhance.jpeg_codec_differentiable` (Reich et al., "Differentiable JPEG: The Devil is in the
     Details", 2024). The default range follows the qualities 50, 70 and 90 of GAP-Diff's evaluation.
     """
+
+    publishing = True
 
     def __init__(self, quality: float | Sequence[float] = (50, 90), *, pinned: float | None = None):
         super().__init__()
@@ -124,6 +128,8 @@ class RealJPEG(Transform):
     4:2:0.
     """
 
+    publishing = True
+
     def __init__(
         self,
         quality: int | Sequence[int] = 70,
@@ -161,6 +167,8 @@ class RealWebP(Transform):
 
     Sites serve WebP beside JPEG. 80 is Pillow's default.
     """
+
+    publishing = True
 
     def __init__(self, quality: int | Sequence[int] = 80, *, pinned: int | None = None):
         super().__init__()
