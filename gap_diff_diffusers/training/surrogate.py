@@ -518,6 +518,7 @@ def train_surrogate(
             "config": _settings(config, *AUTOENCODER_SETTINGS),
             "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
             "figures": figures,
+            **stage.machine,
         }
         if stage.accelerator.is_main_process:
             vae.save_pretrained(folder)
@@ -535,6 +536,7 @@ def train_surrogate(
             for name, module in (("vae", vae), ("unet", denoiser.unet), ("text_encoder", denoiser.text_encoder))
         },
         "figures": figures,
+        **denoiser.machine,
         "versions": provenance(),
     }
     return denoiser, record
