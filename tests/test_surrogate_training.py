@@ -532,7 +532,7 @@ def keep_few(photos):
 
 def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
     keep_few(photos)
-    with pytest.raises(ValueError, match=r"expected photos to learn.*no face was found"):
+    with pytest.raises(ValueError, match=r"expected photos with a face to train on.*got 0 among 7"):
         DenoiserTrainer(
             make_config(photos, tmp_path, face_scale=2.0), AutoencoderTrainer(make_config(photos, tmp_path)).vae
         )
@@ -548,7 +548,7 @@ def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
 def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_path):
     keep_few(photos)
     for changes, message in (
-        ({"face_scale": 2.0}, "expected photos with a face to learn and to hold out, found none"),
+        ({"face_scale": 2.0}, "expected photos with a face to train on"),
         ({"init_from": str(tmp_path / "no_model")}, "which has none"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -588,6 +588,7 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     with FakeHub() as hub:
         done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub.url, tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "found no face in any of 13 of the 13 photos" in done.stderr
     uploaded = hub.files("org/face-model")
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "README.md"} <= set(uploaded)
     components = {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}
@@ -620,8 +621,11 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
     assert str(tmp_path) not in (out / "vae" / "config.json").read_text()
 
-    refused = subprocess.run(without_pushing, capture_output=True, text=True)
-    assert refused.returncode != 0 and "an output folder without" in refused.stderr
+    with pytest.raises(ValueError, match="an output folder without"):
+        train_surrogate(make_config(photos, out, feature_encoders=(encoder,)))
+    environment = hub_environment(hub.url, tmp_path)  # without a login, and before the folder is looked at
+    refused = subprocess.run([*without_pushing, "--push_to_hub"], capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0 and "no token found" in refused.stderr
     assert "Traceback" not in refused.stderr
     changed = make_config(photos, out, feature_encoders=(encoder,), kl_weight=1.0, ema_decay=0.5)
     with pytest.raises(ValueError, match="another kl_weight, ema_decay"):
@@ -701,9 +705,12 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
 def test_one_photo_is_too_few(photos, tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
-    (photos / "0.png").rename(folder / "0.png")
-    with pytest.raises(ValueError, match="at least 2 photos"):
+    (photos / "2.png").rename(folder / "2.png")
+    with pytest.raises(ValueError, match=r"expected photos that can be read to train on.* got 1 among 1"):
         AutoencoderTrainer(make_config(folder, tmp_path))
+    (folder / "1.png").write_bytes(b"no photo")  # the one that would be held out
+    with pytest.raises(ValueError, match=r"expected photos that can be read to train on.* got 1 among 2"):
+        train_surrogate(make_config(folder, tmp_path))
 
 
 def test_a_missing_datasets_package_names_the_extra(tmp_path, monkeypatch):

@@ -105,7 +105,9 @@ def test_if_none_of_the_photos_held_out_is_usable_another_one_is():
     assert split_usable(photos, lambda photo: photo != 0) == split_held_out(photos)
     train, held_out = split_usable(photos, lambda photo: photo not in (0, 1, 10))
     assert held_out == [0, 10, 2] and train == [1, 3, 4, 5, 6, 7, 8, 9, 11]
-    assert split_usable(photos, lambda photo: False) == split_held_out(photos)
+    for usable, count in ([], 0), ([3], 1), ([0, 10], 2):
+        with pytest.raises(ValueError, match=f"expected photos that can be read to train on, .* got {count} among 12"):
+            split_usable(photos, usable.__contains__)
 
 
 def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():
