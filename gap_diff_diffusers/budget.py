@@ -23,6 +23,15 @@ def budget_levels(eps: float) -> int:
     return levels
 
 
+def check_whole_levels(eps: float) -> None:
+    """ValueError if eps is no whole number of levels from 1 to 255: what is over would be learned and rounded away."""
+    levels = budget_levels(eps)
+    if abs(255 * eps - levels) > 1e-6:
+        raise ValueError(
+            f"expected a budget of whole levels, got {eps:g}, which is {255 * eps:.6g}; write {round(255 * eps)}/255"
+        )
+
+
 def add_perturbation(
     pixels: np.ndarray, perturbation: np.ndarray, *, amplitude: float, levels: int, gray: bool = False
 ) -> np.ndarray:

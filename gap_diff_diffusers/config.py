@@ -28,7 +28,10 @@ LIBRARIES = ("torch", "diffusers", "kornia", "numpy", "pillow", "safetensors")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add a flag per field of a config dataclass: lists take several values, other structures JSON or a word."""
+    """Add a flag per field of a config dataclass: lists take several values, other structures JSON or a word.
+
+    A flag that takes a number takes a fraction, too, such as 8/255.
+    """
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
@@ -41,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) ->
         elif hint is bool:
             options |= {"type": json.loads, "nargs": "?", "const": True}
         else:
-            options["type"] = hint if hint in (str, int, float) else _json_or_word
+            options["type"] = number if hint is float else hint if hint in (str, int) else _json_or_word
         parser.add_argument(f"--{field.name}", **options)
 
 
@@ -59,6 +62,15 @@ def training_parser(description: str | None, config_class: type) -> argparse.Arg
     return parser
 
 
+def number(text: str) -> float:
+    """A number as people write it: 0.5, 1e-4, or a fraction such as 8/255; ValueError for another text."""
+    numerator, slash, denominator = text.partition("/")
+    divisor = float(denominator) if slash else 1.0
+    if divisor == 0:
+        raise ValueError(f"expected a number, got {text}, a division by 0")
+    return float(numerator) / divisor
+
+
 def _json_or_word(text: str) -> Any:
     try:
         return json.loads(text)
@@ -70,7 +82,8 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     """Build a config dataclass from a JSON file and from flags, which win.
 
     Raises:
-        ValueError: an unknown key in the file (the known ones are named), or a field that neither gives.
+        ValueError: an unknown key in the file (the known ones are named), a fraction that is none, or a field that
+            neither gives.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     try:
@@ -91,6 +104,11 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     for name, value in values.items():
         if isinstance(value, list) and (hints[name] is tuple or typing.get_origin(hints[name]) is tuple):
             values[name] = tuple(value)
+        elif isinstance(value, str) and "/" in value and hints[name] in (float, float | None):
+            try:
+                values[name] = number(value)
+            except ValueError as error:
+                raise ValueError(f"expected {name} as a number or a fraction such as 8/255, got {value!r}") from error
     return config_class(**values)
 
 

@@ -74,10 +74,8 @@ class PhotosConfig:
         return photos[: self.max_train_samples], captions[: self.max_train_samples]
 
     def split_photos(self) -> tuple[list[Source], list[Source]]:
-        """The photos to train on, and those held out, as `split_usable` has it; ValueError if one would be empty."""
+        """The photos to train on, and those held out, as `split_usable` has it."""
         photos, _ = self.load_photos()
-        if len(photos) < 2:
-            raise ValueError(f"expected at least 2 photos, one of which is held out, got {len(photos)}")
         return split_usable(photos, is_readable)
 
     def _load_folders(self) -> tuple[list[Source], list[str | None]]:
@@ -199,12 +197,25 @@ def split_held_out(photos: Sequence[T], every: int = 10) -> tuple[list[T], list[
     return [p for i, p in enumerate(photos) if i % every], [p for i, p in enumerate(photos) if i % every == 0]
 
 
-def split_usable(photos: Sequence[T], usable: Callable[[T], bool]) -> tuple[list[T], list[T]]:
-    """`split_held_out`; but if none of those held out is usable, the first other photo that is takes their place."""
+def split_usable(
+    photos: Sequence[T], usable: Callable[[T], bool], wanted: str = "photos that can be read"
+) -> tuple[list[T], list[T]]:
+    """`split_held_out`; but if none of those held out is usable, the first other photo that is takes their place.
+
+    Raises:
+        ValueError: none that is usable, of what is `wanted`, to train on or to hold out.
+    """
     train, held_out = split_held_out(photos)
-    if not any(map(usable, held_out)) and (spare := next(filter(usable, train), None)) is not None:
+    found = filter(usable, list(train))  # as far as they are asked for, which can take a while
+    if not any(map(usable, held_out)) and (spare := next(found, None)) is not None:
         train.remove(spare)
         held_out.append(spare)
+    if next(found, None) is None:
+        count = sum(map(usable, held_out))
+        raise ValueError(
+            f"expected {wanted} to train on, and of every ten the first to hold out, got {count} among {len(photos)}; "
+            "add more"
+        )
     return train, held_out
 
 

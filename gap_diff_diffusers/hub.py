@@ -55,13 +55,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub_private_repo", action="store_true", help="if the repository is made, make it private")
 
 
+def create_repository(arguments: argparse.Namespace, folder: str | Path) -> None:
+    """Create the repository if the flags of `add_arguments` say so, and put its whole name among them.
+
+    Before a training, so that a missing login or a name that may not be used stops it before it has taken its time. Of
+    several processes the main one does it.
+
+    Raises:
+        OSError: no login, or the Hub refuses.
+        ValueError: a name that no repository can have.
+    """
+    from accelerate import PartialState
+
+    if arguments.push_to_hub and PartialState().is_main_process:
+        name = arguments.hub_model_id or Path(folder).resolve().name
+        token = arguments.hub_token or True  # True wants a login, also where the repository exists
+        private = arguments.hub_private_repo or None
+        arguments.hub_model_id = create_repo(name, token=token, private=private, exist_ok=True).repo_id
+
+
 def publish(arguments: argparse.Namespace, folder: Path, record: dict[str, Any]) -> None:
-    """Write the model card, and upload the folder if the flags of `add_arguments` say so."""
-    folder = Path(folder).resolve()
-    repo_id = arguments.hub_model_id
-    if arguments.push_to_hub:
-        options = {"exist_ok": True, "private": arguments.hub_private_repo or None, "token": arguments.hub_token}
-        repo_id = create_repo(repo_id or folder.name, **options).repo_id
+    """Write the model card, and upload the folder, after `create_repository`, if the flags say so."""
+    folder, repo_id = Path(folder).resolve(), arguments.hub_model_id
     write_model_card(folder, record, repo_id=repo_id, show_samples=arguments.hub_push_samples)
     if arguments.push_to_hub:
         commit = push_folder(folder, repo_id, token=arguments.hub_token, push_samples=arguments.hub_push_samples)

@@ -93,7 +93,8 @@ def publish_training_result(folder: str, repo_id: str) -> None:
 
     parser = argparse.ArgumentParser()
     hub.add_arguments(parser)
-    arguments = parser.parse_args(["--push_to_hub", "--hub_model_id", repo_id])
+    arguments = parser.parse_args(["--push_to_hub", "--hub_model_id", repo_id, "--hub_token", "token"])
+    hub.create_repository(arguments, folder)
     hub.publish(arguments, Path(folder), json.loads(Path(folder, "training_record.json").read_text()))
 
 

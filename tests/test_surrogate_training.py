@@ -18,7 +18,7 @@ from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
-from gap_diff_diffusers.config import training_parser
+from gap_diff_diffusers.config import config_from_arguments, training_parser
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
@@ -200,6 +200,22 @@ def test_resuming_is_asked_for_as_in_diffusers():
         assert parser.parse_args(arguments).resume_from_checkpoint == resume
 
 
+def test_a_fraction_is_a_number_in_flags_and_in_the_config_file(tmp_path):
+    file, parser = tmp_path / "config.json", training_parser(None, SurrogateTrainingConfig)
+    flags = ["--train_data_dir", "photos", "--output_dir", "out"]
+    for written, flag, eps in (("8/255", [], 8 / 255), (0.1, ["12/255"], 12 / 255), ("8/255", ["0.05"], 0.05)):
+        file.write_text(json.dumps({"response_eps": written, "face_scale": "3/2"}))
+        arguments = parser.parse_args([*flags, *(["--response_eps", *flag] if flag else [])])
+        config = config_from_arguments(SurrogateTrainingConfig, arguments, file)
+        assert (config.response_eps, config.face_scale) == (eps, 1.5)
+    for wrong in ("8/0", "8/255/2", "/"):
+        file.write_text(json.dumps({"response_eps": wrong}))
+        with pytest.raises(ValueError, match=f"response_eps as a number or a fraction such as 8/255, got '{wrong}'"):
+            config_from_arguments(SurrogateTrainingConfig, parser.parse_args(flags), file)
+        with pytest.raises(SystemExit):
+            parser.parse_args([*flags, "--response_eps", wrong])
+
+
 def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
     class Noted(tracking.GeneralTracker):
         name, requires_logging_directory = "noted", False
@@ -208,7 +224,10 @@ def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
         def __init__(self, run_name, **kwargs):
             super().__init__()
 
-        tracker = None
+        tracker, finished = None, False
+
+        def finish(self):
+            self.finished = True
 
         def store_init_configuration(self, values):
             self.settings.update(values)
@@ -217,6 +236,7 @@ def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
             self.figures[step] = values
 
         def log_images(self, values, step, **kwargs):
+            assert not self.finished
             self.pictures[step] = values["validation"], kwargs
 
     class Showing(Line):
@@ -235,6 +255,8 @@ def test_a_tracker_gets_the_settings_and_the_figures(tmp_path, monkeypatch):
         monkeypatch.setattr(Noted, "name", name)
         Showing(line_config(tmp_path / name, max_train_steps=3, report_to="noted")).train()
         assert (Noted.pictures[3][0].shape, Noted.pictures[3][1]) == (shape, told)
+    Showing(line_config(tmp_path / "no steps", max_train_steps=0, report_to="noted")).train()
+    assert 0 in Noted.pictures
 
 
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(tmp_path, monkeypatch):
@@ -280,6 +302,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss of line is (nan|inf) .* at step 25"):
         Diverging(line_config(tmp_path)).train()
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20"]
+
+
+def test_a_loss_that_is_no_number_in_a_part_of_a_step_stops_the_run_at_its_last_part(tmp_path):
+    loop = Line(line_config(tmp_path, gradient_accumulation_steps=2))
+    before = loop.line.weight.item()
+    loss = loop.line.weight.sum()
+    assert loop.update("line", loss + float("nan")) == 0  # whose gradient is a number
+    loop.accumulated = 1
+    with pytest.raises(FloatingPointError, match=r"the loss of line is nan and its gradient 1\.0 at step 0"):
+        loop.update("line", loss)
+    assert loop.line.weight.item() == before
 
 
 def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
@@ -343,26 +376,53 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoint-20"]
 
 
-def test_two_processes_share_their_gradients(tmp_path):
+def test_two_processes_share_their_gradients_and_what_is_no_number(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import json, sys\n"
+        "from accelerate.utils import gather_object\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_surrogate_training import Line, line_config\n"
         "loop = Line(line_config(sys.argv[1], max_train_steps=3))\n"
         "loop.train()\n"
-        "weights = loop.accelerator.gather(loop.line.weight.detach().flatten())\n"
+        "weights = loop.accelerator.gather(loop.line.weight.detach().flatten()).tolist()\n"
+        "class Broken(Line):\n"
+        "    def training_step(self, generator):\n"
+        "        part = 10 * self.accelerator.process_index + self.accumulated\n"
+        "        loss = self.line.weight.sum() + float('nan' if part == 10 else 0)\n"
+        "        return {'gradient_norm': self.update('line', loss)}\n"
+        "try:\n"
+        "    Broken(line_config(sys.argv[2], gradient_accumulation_steps=2)).train()\n"
+        "except FloatingPointError as error:\n"
+        "    errors = gather_object([str(error)])\n"
         "if loop.accelerator.is_main_process:\n"
-        "    print(json.dumps(weights.tolist()))\n"
+        "    print(json.dumps([weights, errors, loop.machine]))\n"
         "loop.accelerator.end_training()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(tmp_path / "out")], capture_output=True, text=True, env=environment)
+    folders = [str(tmp_path / "out"), str(tmp_path / "broken")]
+    done = subprocess.run([*launch, *folders], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout.splitlines()[-1])
-    assert first == second
-    assert len(log_of(tmp_path / "out")) == 3
+    (first, second), errors, machine = json.loads(done.stdout.splitlines()[-1])
+    assert first == second and machine == {"num_processes": 2, "device": "cpu"}
+    assert len(errors) == 2 and all("the loss of line is nan" in error for error in errors)
+
+    class Both(Line):
+        """One process that learns from what each of two draws."""
+
+        def training_step(self, generator):
+            other = torch.Generator().manual_seed(generator.initial_seed() + 1)
+            size = self.config.train_batch_size
+            x = torch.cat([torch.randn(size, 1, generator=source) for source in (generator, other)])
+            loss = (self.line(x) - 3 * x).square().mean()
+            return {"gradient_norm": self.update("line", loss)}
+
+    alone = Both(line_config(tmp_path / "alone", max_train_steps=3))
+    alone.train()
+    assert first == pytest.approx(alone.line.weight.item(), abs=1e-6)
+    norms = [[entry["gradient_norm"] for entry in log_of(tmp_path / name)] for name in ("out", "alone")]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-4) and len(norms[0]) == 3
 
 
 # --- The face model ------------------------------------------------------------------------------------------------
@@ -472,7 +532,7 @@ def keep_few(photos):
 
 def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
     keep_few(photos)
-    with pytest.raises(ValueError, match=r"expected photos to learn.*no face was found"):
+    with pytest.raises(ValueError, match=r"expected photos with a face to train on.*got 0 among 7"):
         DenoiserTrainer(
             make_config(photos, tmp_path, face_scale=2.0), AutoencoderTrainer(make_config(photos, tmp_path)).vae
         )
@@ -488,7 +548,7 @@ def test_a_denoiser_of_faces_leaves_out_photos_without(photos, tmp_path):
 def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_path):
     keep_few(photos)
     for changes, message in (
-        ({"face_scale": 2.0}, "expected photos with a face to learn and to hold out, found none"),
+        ({"face_scale": 2.0}, "expected photos with a face to train on"),
         ({"init_from": str(tmp_path / "no_model")}, "which has none"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -528,6 +588,7 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     with FakeHub() as hub:
         done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub.url, tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "found no face in any of 13 of the 13 photos" in done.stderr
     uploaded = hub.files("org/face-model")
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "README.md"} <= set(uploaded)
     components = {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}
@@ -560,8 +621,11 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     assert json.loads((out / "training_record.json").read_text())["figures"] == record["figures"]
     assert str(tmp_path) not in (out / "vae" / "config.json").read_text()
 
-    refused = subprocess.run(without_pushing, capture_output=True, text=True)
-    assert refused.returncode != 0 and "an output folder without" in refused.stderr
+    with pytest.raises(ValueError, match="an output folder without"):
+        train_surrogate(make_config(photos, out, feature_encoders=(encoder,)))
+    environment = hub_environment(hub.url, tmp_path)  # without a login, and before the folder is looked at
+    refused = subprocess.run([*without_pushing, "--push_to_hub"], capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0 and "no token found" in refused.stderr
     assert "Traceback" not in refused.stderr
     changed = make_config(photos, out, feature_encoders=(encoder,), kl_weight=1.0, ema_decay=0.5)
     with pytest.raises(ValueError, match="another kl_weight, ema_decay"):
@@ -641,9 +705,12 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
 def test_one_photo_is_too_few(photos, tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
-    (photos / "0.png").rename(folder / "0.png")
-    with pytest.raises(ValueError, match="at least 2 photos"):
+    (photos / "2.png").rename(folder / "2.png")
+    with pytest.raises(ValueError, match=r"expected photos that can be read to train on.* got 1 among 1"):
         AutoencoderTrainer(make_config(folder, tmp_path))
+    (folder / "1.png").write_bytes(b"no photo")  # the one that would be held out
+    with pytest.raises(ValueError, match=r"expected photos that can be read to train on.* got 1 among 2"):
+        train_surrogate(make_config(folder, tmp_path))
 
 
 def test_a_missing_datasets_package_names_the_extra(tmp_path, monkeypatch):

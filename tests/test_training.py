@@ -105,7 +105,9 @@ def test_if_none_of_the_photos_held_out_is_usable_another_one_is():
     assert split_usable(photos, lambda photo: photo != 0) == split_held_out(photos)
     train, held_out = split_usable(photos, lambda photo: photo not in (0, 1, 10))
     assert held_out == [0, 10, 2] and train == [1, 3, 4, 5, 6, 7, 8, 9, 11]
-    assert split_usable(photos, lambda photo: False) == split_held_out(photos)
+    for usable, count in ([], 0), ([3], 1), ([0, 10], 2):
+        with pytest.raises(ValueError, match=f"expected photos that can be read to train on, .* got {count} among 12"):
+            split_usable(photos, usable.__contains__)
 
 
 def test_coherence_is_one_for_a_tile_of_any_sign_and_small_for_noise():
@@ -394,6 +396,19 @@ def test_every_family_of_models_is_trained_against_and_learns(photos, family, tm
         ({"stages": ([0.5, 0, 1],)}, "the last at 1"),
         ({"stages": ()}, "beta, gamma"),
         ({"stages": "released code"}, "released, preprocessed"),
+        ({"stages": [0.5, 0, 1]}, r"list of \[end, beta, gamma\], got \[0.5, 0, 1\]"),
+        ({"stages": [[1, None, 1]]}, r"list of \[end, beta, gamma\]"),
+        ({"scale_factors": ([1, 1],), "scale_weights": (1.0,)}, r"as \[\[\[1, 1\]\]\], got \(\[1, 1\],\)"),
+        ({"scale_factors": ([[1, 0.5]],), "scale_weights": (1.0,)}, r"scale_factors .* ranges \[low, high\]"),
+        ({"scale_factors": ([[0, 1]],), "scale_weights": (1.0,)}, "above 0"),
+        ({"scale_factors": "1"}, "scale_factors as a list"),
+        ({"scale_weights": (0.0,) * 4}, "scale_weights of at least 0, not all 0"),
+        ({"scale_weights": (1.0, 1.0, 1.0, -1.0)}, "scale_weights of at least 0"),
+        ({"crop_size": 50}, r"got \[0.3, 1.6\], which makes of a crop_size of 50 also 15 px; .* takes is 16 px"),
+        ({"architecture": "paper", "channels": (4,), "layers_per_block": ()}, "the paper network .* is 512 px"),
+        ({"crop_scales": (1.2, 0.8)}, "crop_scales as a range"),
+        ({"train_batch_size": 1}, "at least 2, got 1: .* or set coherence_weight to 0"),
+        ({"eps": 0.0313}, "whole levels, got 0.0313, which is 7.9815; write 8/255"),
         ({"crop_size": 500}, "at most"),
         ({"encoder_revisions": ("a", "b")}, "as many encoder_revisions as encoders"),
         ({"init_from": str(ROOT)}, "has no generator"),
@@ -406,6 +421,18 @@ def test_every_family_of_models_is_trained_against_and_learns(photos, family, tm
 def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         GAPDiffTrainer(make_config(photos, encoder, tmp_path, **changes))
+
+
+def test_a_transform_that_gradients_do_not_pass_is_refused(photos, encoder, model, tmp_path):
+    purification = {"name": "diffpure", "model": model, "steps": 1}
+    for transform in (purification, {"name": "random_choice", "choices": ["jpeg", ["identity", purification]]}):
+        with pytest.raises(ValueError, match=r"expected a transform that gradients pass, got .* DiffPure stops them"):
+            GAPDiffTrainer(make_config(photos, encoder, tmp_path, transform=transform))
+
+
+def test_one_photo_a_step_is_enough_where_none_are_compared(photos, encoder, tmp_path):
+    trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path, train_batch_size=1, coherence_weight=0.0))
+    assert trainer.training_step(seeded())["gradient_norm"] > 0
 
 
 def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
@@ -430,6 +457,7 @@ def test_the_script_trains_saves_and_records(photos, encoder, tmp_path):
     assert Image.open(tmp_path / "out" / "samples" / "2.png").size == (3 * 512, 2 * 512)
     assert str(tmp_path) not in json.dumps(record) + card
     assert record["config"]["crop_size"] == 64 and "torch" in record["versions"]
+    assert record["num_processes"] == 1 and record["device"] in ("cpu", "cuda")
 
     config.write_text(json.dumps({"learning_rat": 1}))
     refused = subprocess.run(command, capture_output=True, text=True)
@@ -469,3 +497,18 @@ def test_weights_without_a_keyed_grid_can_get_one(photos, encoder, tmp_path):
     for name, value in first.generator.state_dict().items():
         assert torch.equal(trainer.generator.state_dict()[name], value)
     assert trainer.record({})["config"]["keyed_grid"] is True
+
+
+def test_weights_keep_their_gain_and_grid_where_nothing_else_is_asked_for(photos, encoder, tmp_path):
+    first = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "first", keyed_grid=True, output_gain=1.09))
+    GAPDiffProtectionPipeline(first.generator).save_pretrained(tmp_path / "keyed", include_remote_code=False)
+
+    def trained_on(**changes):
+        changes["init_from"] = str(tmp_path / "keyed")
+        return GAPDiffTrainer(make_config(photos, encoder, tmp_path / "second", **changes))
+
+    for changes, gain, keyed in (({}, 1.09, True), ({"output_gain": 1.0, "keyed_grid": False}, 1.0, False)):
+        trainer = trained_on(**changes)
+        assert (trainer.generator.network.output_gain, trainer.generator.network.keyed_grid) == (gain, keyed)
+        config = trainer.record({})["config"]
+        assert (config["output_gain"], config["keyed_grid"]) == (gain, keyed)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from gap_diff_diffusers import hub
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
+from gap_diff_diffusers.data import warn_without_faces
 from gap_diff_diffusers.training.surrogate import SurrogateTrainingConfig, train_surrogate
 
 
@@ -30,6 +31,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = config_from_arguments(SurrogateTrainingConfig, arguments, arguments.config)
+    hub.create_repository(arguments, config.output_dir)
+    if config.face_scale is None:  # otherwise those without one are left out
+        warn_without_faces(config.load_photos()[0])
     denoiser, record = train_surrogate(config, resume=arguments.resume_from_checkpoint)
     if denoiser.accelerator.is_main_process:
         denoiser.pipeline.to(dtype=torch.float16).save_pretrained(config.output_dir)

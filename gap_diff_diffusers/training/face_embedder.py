@@ -124,6 +124,7 @@ def train_face_embedder(config: FaceEmbedderConfig, *, resume: str | None = None
         "photos": split_record(len(trainer.faces) // 2, len(trainer.held_out) // 2, trainer.left_out),
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "figures": figures,
+        **trainer.machine,
         "versions": provenance(),
     }
 

@@ -11,6 +11,7 @@ And what the paper names and the released code lacks: timesteps can be weighted,
 protected photos while the generator learns.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget import budget_levels
+from ..budget import check_whole_levels
 from ..config import check_at_least, check_at_least_one, check_choices, initial_weights, portable_settings, provenance
 from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable, round_to_8_bits
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
@@ -60,22 +61,24 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
             name such a weight and do not give it; the released code has none.
         noise: that surrogates are asked for, "gaussian", or upstream's "uniform".
-        stages: a name of `STAGES`, or a list of [end, beta, gamma], `end` as a share of all steps.
+        stages: a name of `STAGES`, or a list of [end, beta, gamma], `end` as a share of all steps: [[0.5, 0, 1],
+            [1, 0.6, 0.4]].
         gan_weight: alpha; above 0 a discriminator learns, too.
         discriminator_input: "protected", or upstream's "preprocessed".
         init_from: folder of a pipeline to start from, or None for random weights.
         architecture, channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
-        output_gain: of `GAPDiffGenerator`, also with `init_from`.
-        keyed_grid: of `GAPDiffGenerator`, also with `init_from`.
-        eps: the budget on [0,1].
+        output_gain: of `GAPDiffGenerator`; None for that of `init_from`, or 1.
+        keyed_grid: of `GAPDiffGenerator`; None for that of `init_from`, or no keyed grid.
+        eps: the budget on [0,1], whole levels, which flags and JSON have as "8/255".
         rms: root mean square of the perturbation, in levels, above which it costs (6.4 is a PSNR of 32 dB).
         rms_weight, coherence_weight: weights of these losses; the displacement's is 1.
-        transform: what happens to the photos before the encoders, for `build_transform`.
+        transform: what happens to the photos before the encoders, for `build_transform`; gradients have to pass it.
         scale_factors: the perturbation is computed on the photo scaled by these and resampled; each entry is a list of
             ranges [low, high], one per scale; a step draws an entry and, from its first range, one factor by which all
-            others move along. [[1, 1]] is the size as it is.
+            others move along. [[[1, 1]]] is one entry, of the size as it is.
         scale_weights: how often each entry is drawn.
-        crop_size: side of the training crops, cut from face squares of 512 px times a factor from `crop_scales`.
+        crop_size: side of the training crops, cut from face squares of 512 px times a factor from the range
+            `crop_scales`.
         num_validation_images: held-out faces to validate on.
     """
 
@@ -102,8 +105,8 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     channels: tuple[int, ...] = (96, 160, 192)
     layers_per_block: tuple[int, ...] = (1, 1, 1)
     downscale: int = 2
-    output_gain: float = 1.0
-    keyed_grid: bool = False
+    output_gain: float | None = None
+    keyed_grid: bool | None = None
     eps: float = 8 / 255
     rms: float = 6.1
     rms_weight: float = 4.0
@@ -144,14 +147,14 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         )
         check_at_least_one(self, "surrogate_learning_steps", "downscale", "crop_size")
         check_at_least(0, self, "gan_weight", "rms_weight", "coherence_weight")
-        budget_levels(self.eps)
+        check_whole_levels(self.eps)
         if self.rms <= 0:
             raise ValueError(f"expected an rms above 0, got {self.rms}")
         if isinstance(self.stages, str) and self.stages not in STAGES:
             raise ValueError(f"expected stages {', '.join(STAGES)} or a list, got {self.stages!r}")
         stages = self.schedule
-        if not stages or any(len(stage) != 3 for stage in stages):
-            raise ValueError(f"expected stages of [end, beta, gamma], got {self.stages!r}")
+        if not isinstance(stages, list | tuple) or not stages or not all(_are_numbers(s, 3) for s in stages):
+            raise ValueError(f"expected stages as a list of [end, beta, gamma], got {self.stages!r}")
         ends = [stage[0] for stage in stages]
         if sorted(ends) != ends or ends[-1] != 1:
             raise ValueError(f"expected stages that end one after the other, the last at 1, got {self.stages!r}")
@@ -162,14 +165,25 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         ):
             if (count := len(getattr(self, name))) not in (0, len(getattr(self, kind))):
                 raise ValueError(f"expected as many {name} as {kind}, or none, got {count}")
+        entries = self.scale_factors if isinstance(self.scale_factors, list | tuple) else [None]
+        if not all(isinstance(entry, list | tuple) and entry and all(map(_is_range, entry)) for entry in entries):
+            raise ValueError(
+                "expected scale_factors as a list of lists of ranges [low, high] above 0, as [[[1, 1]]], got "
+                f"{self.scale_factors!r}"
+            )
         if len(self.scale_factors) != len(self.scale_weights):
             raise ValueError(
                 f"expected as many scale_weights as scale_factors, got {len(self.scale_weights)} and "
                 f"{len(self.scale_factors)}"
             )
-        if self.train_batch_size < 2:
+        if min(self.scale_weights, default=0) < 0 or not any(self.scale_weights):
+            raise ValueError(f"expected scale_weights of at least 0, not all 0, got {list(self.scale_weights)}")
+        if not _is_range(self.crop_scales):
+            raise ValueError(f"expected crop_scales as a range of two numbers above 0, got {list(self.crop_scales)}")
+        if self.coherence_weight and self.train_batch_size < 2:
             raise ValueError(
-                f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared"
+                f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared; or set "
+                "coherence_weight to 0"
             )
 
     @property
@@ -182,22 +196,19 @@ class GAPDiffTrainer(TrainingLoop):
     """One run: `train()` to its end; `generator` then has the averaged weights.
 
     Raises:
-        ValueError: no photos, an unknown transform, settings that do not fit together.
+        ValueError: no photos, a transform that is unknown or lets no gradients through, settings that do not fit
+            together.
     """
 
     def __init__(self, config: GAPDiffTrainingConfig):
+        own = {name: value for name in ("output_gain", "keyed_grid") if (value := getattr(config, name)) is not None}
         if config.init_from:
             if not find_file(config.init_from, "generator/config.json", None, None, None):
                 raise ValueError(
                     f"expected a protection pipeline as init_from, got {config.init_from}, which has no generator; "
                     "leave it out to begin with random weights"
                 )
-            generator = GAPDiffGenerator.from_pretrained(
-                config.init_from,
-                subfolder="generator",
-                output_gain=config.output_gain,
-                keyed_grid=config.keyed_grid,
-            )
+            generator = GAPDiffGenerator.from_pretrained(config.init_from, subfolder="generator", **own)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
@@ -206,11 +217,11 @@ class GAPDiffTrainer(TrainingLoop):
                     channels=config.channels,
                     layers_per_block=config.layers_per_block,
                     downscale=config.downscale,
-                    output_gain=config.output_gain,
-                    keyed_grid=config.keyed_grid,
+                    **own,
                     **({"scale_range": 1.0} if config.architecture == "paper" else {}),
                 )
         self.generator = generator.to(memory_format=torch.channels_last)
+        _check_sizes(generator, config)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
         self.surrogates: list[DiffusionSurrogate] = []
         networks: dict[str, nn.Module] = {"generator": self.generator}
@@ -258,6 +269,13 @@ class GAPDiffTrainer(TrainingLoop):
         ]
         make_names_unique([*self.surrogates, *self.encoders])
         self.transform: Transform = build_transform(config.transform).train()
+        if not self.transform.differentiable:
+            kinds = {type(part) for part in self.transform.modules() if isinstance(part, Transform)}
+            names = sorted(kind.__name__ for kind in kinds if kind.differentiable is False)
+            raise ValueError(
+                f"expected a transform that gradients pass, got {config.transform!r}, in which {', '.join(names)} "
+                "stops them; leave that out, and measure with it afterwards"
+            )
 
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step with this source of randomness; returns the figures to log."""
@@ -410,7 +428,7 @@ class GAPDiffTrainer(TrainingLoop):
         architecture = self.generator.config
         config |= {
             key: architecture[key]
-            for key in ("architecture", "channels", "layers_per_block", "downscale", "keyed_grid")
+            for key in ("architecture", "channels", "layers_per_block", "downscale", "output_gain", "keyed_grid")
         }
         return {
             "initial_weights": initial_weights(self.config.init_from),
@@ -419,6 +437,7 @@ class GAPDiffTrainer(TrainingLoop):
             "encoders": [encoder.name for encoder in self.encoders],
             "steps": self.step,
             "figures": figures,
+            **self.machine,
             "versions": provenance(),
         }
 
@@ -435,6 +454,28 @@ class GAPDiffTrainer(TrainingLoop):
             .contiguous(memory_format=torch.channels_last)
         )
         return encoder.encode_images(images).float()
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    """Whether this is a list of so many finite numbers."""
+    numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    return numbers and len(value) == count
+
+
+def _is_range(value: Any) -> bool:
+    return _are_numbers(value, 2) and 0 < value[0] <= value[1]
+
+
+def _check_sizes(generator: GAPDiffGenerator, config: GAPDiffTrainingConfig) -> None:
+    """ValueError if the factors that are drawn can scale crops to sizes that the network does not take."""
+    for low, high in (pair for entry in config.scale_factors for pair in entry):
+        for side in range(round(config.crop_size * low), round(config.crop_size * high) + 1):
+            if (nearest := generator.nearest_size(side, side)[0]) != side:
+                raise ValueError(
+                    f"expected scale_factors that scale crops to sizes that the {generator.config.architecture} "
+                    f"network takes, got [{low}, {high}], which makes of a crop_size of {config.crop_size} also "
+                    f"{side} px; the nearest that it takes is {nearest} px"
+                )
 
 
 def _at_resolution(images: torch.Tensor, resolution: int, multiple: int) -> torch.Tensor:

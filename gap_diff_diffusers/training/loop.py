@@ -158,6 +158,12 @@ class TrainingLoop(ABC):
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.step = 0
         self.accumulated = 0
+        self.mean_losses: dict[str, torch.Tensor] = {}  # of the step's parts, as far as they went
+
+    @property
+    def machine(self) -> dict[str, int | str]:
+        """What a record says of what computed the run: with the batch of a process, how many photos a step takes."""
+        return {"num_processes": self.accelerator.num_processes, "device": self.accelerator.device.type}
 
     @abstractmethod
     def training_step(self, generator: torch.Generator) -> dict[str, float]:
@@ -237,9 +243,10 @@ class TrainingLoop(ABC):
             ema.copy_to(self.networks[name].parameters())
         for network in self.networks.values():
             network.eval()
+        figures = validated or self.validate()
         for tracker in self.accelerator.trackers:  # not end_training, after which processes no longer talk
             tracker.finish()
-        return validated or self.validate()
+        return figures
 
     def _accumulate(self, generator: torch.Generator) -> dict[str, float]:
         """One optimizer step: the mean figures of its parts, but for the norm, which is that of their sum."""
@@ -256,16 +263,23 @@ class TrainingLoop(ABC):
         """Step one network down its loss; returns the gradient's norm before it is clipped.
 
         Where gradients are accumulated, all calls of a step but the last only add to them, and return 0.
+
+        Raises:
+            FloatingPointError: the step's loss or gradient is not a number, of whichever part and process.
         """
         network, optimizer = self.networks[name], self.optimizers[name]
         count = self.config.gradient_accumulation_steps
         if self.accumulated == 0:
             optimizer.zero_grad(set_to_none=True)
+            self.mean_losses[name] = torch.zeros((), device=loss.device)
+        self.mean_losses[name] += loss.detach() / count
         # Into this network alone: others that a loss goes through keep the gradient of their own.
         self.scaler.scale(loss / count).backward(inputs=list(network.parameters()))
-        if self.accumulated < count - 1 and loss.isfinite():
+        if self.accumulated < count - 1:  # also of a loss that is no number: other processes wait for the last part
             return 0.0
+        mean = self.mean_losses[name]
         if self.accelerator.num_processes > 1:  # before unscale_, so that all see the same overflow
+            mean = self.accelerator.reduce(mean, reduction="mean")
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
@@ -273,10 +287,10 @@ class TrainingLoop(ABC):
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm or math.inf)
         # In float16 gradients overflow now and then; the scaler then skips the step and halves its scale.
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if not loss.isfinite() or not (norm.isfinite() or may_overflow):
+        if not mean.isfinite() or not (norm.isfinite() or may_overflow):
             rate = optimizer.param_groups[0]["initial_lr"]
             raise FloatingPointError(
-                f"the loss of {name} is {loss.item()} and its gradient {norm.item()} at step {self.step}; start anew "
+                f"the loss of {name} is {mean.item()} and its gradient {norm.item()} at step {self.step}; start anew "
                 f"with a lower learning rate than {rate:.3g}, or without mixed precision"
             )
         self.scaler.step(optimizer)

@@ -470,10 +470,8 @@ class DenoiserTrainer(TrainingLoop):
             posterior = self.vae.encode(pair * 2 - 1).latent_dist
             posteriors.append(torch.cat([posterior.mean, posterior.std], dim=1).cpu())
             captions += [caption, caption]
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))
-        if not posteriors:
-            raise ValueError(f"expected photos to learn, got none among {len(photos)}: {reasons}")
         if left_out:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.most_common(5))
             logger.warning("left out %d of %d photos: %s", left_out.total(), len(photos), reasons)
         return torch.cat(posteriors), captions
 
@@ -518,6 +516,7 @@ def train_surrogate(
             "config": _settings(config, *AUTOENCODER_SETTINGS),
             "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
             "figures": figures,
+            **stage.machine,
         }
         if stage.accelerator.is_main_process:
             vae.save_pretrained(folder)
@@ -535,6 +534,7 @@ def train_surrogate(
             for name, module in (("vae", vae), ("unet", denoiser.unet), ("text_encoder", denoiser.text_encoder))
         },
         "figures": figures,
+        **denoiser.machine,
         "versions": provenance(),
     }
     return denoiser, record
@@ -603,7 +603,8 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
 def _split_photos(config: SurrogateTrainingConfig) -> tuple[list[Captioned], list[Captioned]]:
     """The denoiser's photos with their captions: to train on, and held out."""
     photos = list(zip(*config.load_photos()))
-    return split_usable(photos, lambda photo: is_readable(photo[0], config.face_scale))
+    wanted = "photos that can be read" if config.face_scale is None else "photos with a face"
+    return split_usable(photos, lambda photo: is_readable(photo[0], config.face_scale), wanted)
 
 
 def _check_denoiser(config: SurrogateTrainingConfig) -> None:
@@ -611,13 +612,9 @@ def _check_denoiser(config: SurrogateTrainingConfig) -> None:
 
     Raises:
         ImportError: faces shall be found, and there is no detector.
-        ValueError: no photo with a face, or settings that `build_denoiser` refuses.
+        ValueError: too few photos, or too few with a face, or settings that `build_denoiser` refuses.
     """
     train, held_out = _split_photos(config)
-    for photos in (train, held_out):
-        if not any(is_readable(source, config.face_scale) for source, _ in photos):
-            wanted = "photos that can be read" if config.face_scale is None else "photos with a face"
-            raise ValueError(f"expected {wanted} to learn and to hold out, found none among {len(photos)}")
     build_denoiser(config, [caption for _, caption in (*train, *held_out) if caption])
 
 
