@@ -2,7 +2,7 @@
 
     python training_scripts/average_checkpoints.py first second --share 0.45 --output_gain 1.08 --output_dir averaged
 
-`--share` is the second's; `--output_gain` is of `GAPDiffGenerator`.
+`--share` is the second's; `--output_gain` is of `GAPDiffGenerator`, by default as the second has it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--share", type=float, default=0.5)
-    parser.add_argument("--output_gain", type=float, default=1.0)
+    parser.add_argument("--output_gain", type=float)
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(input_args)
 
@@ -30,12 +30,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.share <= 1:
         raise ValueError(f"expected --share from 0 to 1, got {arguments.share}")
-    averaged = GAPDiffProtectionPipeline.from_pretrained(
-        arguments.second,
-        generator=GAPDiffGenerator.from_pretrained(
-            arguments.second, subfolder="generator", output_gain=arguments.output_gain
-        ),
-    )
+    gain = {} if arguments.output_gain is None else {"output_gain": arguments.output_gain}
+    generator = GAPDiffGenerator.from_pretrained(arguments.second, subfolder="generator", **gain)
+    averaged = GAPDiffProtectionPipeline.from_pretrained(arguments.second, generator=generator)
     other = GAPDiffProtectionPipeline.from_pretrained(arguments.first)
     budgets = [pipeline.config.noise_budget for pipeline in (other, averaged)]
     if budgets[0] != budgets[1]:
@@ -52,7 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
         for path in (arguments.first, arguments.second)
     )
     record = {
-        "average": {"share_of_the_second": arguments.share, "output_gain": arguments.output_gain},
+        "average": {"share_of_the_second": arguments.share, "output_gain": generator.config.output_gain},
         "second": second,
         "first": "the second's initial_weights" if second.get("initial_weights") == first else first,
         "versions": provenance(),
