@@ -55,6 +55,13 @@ def test_the_attacks_in_the_documents_are_those_of_the_cells():
         assert text in document.read_text(), f"{document.name}: make the report of {CELLS.name} again"
 
 
+def test_the_small_benchmark_in_the_documents_is_that_of_its_cells():
+    folder = CELLS.with_name("mini")
+    text = benchmark_report.to_markdown(benchmark_report.load_cells(folder)).strip()
+    for document in (ROOT / "model_card.md", folder / "report.md"):
+        assert text in document.read_text(), f"{document.name}: make the report of mini again"
+
+
 def test_what_the_page_says_of_the_second_model_is_what_its_cells_say():
     cells = benchmark_report.load_cells(CELLS.with_name("face-model-second"))
     page = (ROOT / "gap_diff_diffusers" / "docs" / "training.md").read_text()
