@@ -153,7 +153,13 @@ def run(arguments: argparse.Namespace) -> int:
     attacker.check_model(surrogate)
     if (count := len(photos)) < 3:
         logger.warning("%d photos: most attacks on people need at least three or four", count)
-    has_face = _look_for_people(photos) or bool(arguments.reference)
+    shows_face = _look_for_people(photos)
+    if shows_face and not _show_face(cut_squares(photos, config.resolution)):
+        logger.warning(
+            "no face was found in what is learned, the middle of each photo at %d px a side; crop them to the face",
+            config.resolution,
+        )
+    has_face = shows_face or bool(arguments.reference)
     prompts = [text.replace("{}", config.subject) for text in arguments.prompts or [config.instance_prompt]]
     word = getattr(config, "rare_token", None)
     for prompt in prompts:
@@ -171,11 +177,6 @@ def run(arguments: argparse.Namespace) -> int:
             name: _cut_transformed(each, transforms, config.resolution, device) for name, each in given.items()
         }
         del transforms, photos, given, class_photos  # and models, which would take memory while another one learns
-        if has_face and not _show_face(next(iter(conditions.values()))):
-            logger.warning(
-                "no face was found in what is learned, the middle of each photo at %d px a side; cut the photos to it",
-                config.resolution,
-            )
         rows, seconds = [], {}
         for condition, squares in conditions.items():
             surrogate = surrogate or load()  # the one before has learned the clean photos

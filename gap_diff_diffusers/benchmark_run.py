@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = Path(arguments.output)
     check_results(results)
     index, count = read_shard(arguments.shard)
-    launched = read_shard(None)[1] > 1
+    launched = count > int((arguments.shard or "1/1").partition("/")[2])
     runner = _Runner(config, people, results, arguments)
     groups = all_groups(config, runner.inputs)[index::count]
     if arguments.pictures:
@@ -315,6 +316,8 @@ def read_shard(shard: str | None) -> tuple[int, int]:
     index, _, count = (shard or "1/1").partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ValueError(f"expected --shard I/N from 1/N to N/N, got {shard}")
+    if shard and "LOCAL_RANK" not in os.environ:  # mpirun and the like may have been told each its own part
+        return int(index) - 1, int(count)
     launched = get_cpu_distributed_information()  # what the launcher says, of GPUs as well
     if launched.world_size > 1 and torch.cuda.is_available():
         torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())

@@ -89,7 +89,7 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace, pat
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except ValueError as error:  # of JSON, or of its encoding
-        raise ValueError(f"{path}: expected a file of settings as JSON, got another: {error}") from error
+        raise ValueError(f"{path}: expected settings as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object of settings, got {type(values).__name__}")
     unknown = sorted(set(values) - set(fields))
@@ -154,12 +154,17 @@ def check_types(config: object) -> None:
             )
 
 
-def check_outside(path: str | os.PathLike, folders: Iterable[str | os.PathLike], what: str = "the output") -> None:
+def check_outside(
+    path: str | os.PathLike,
+    folders: Iterable[str | os.PathLike],
+    what: str = "the output",
+    of: str = "the input folder",
+) -> None:
     """ValueError if a path is one of the folders to read, or lies in one: what is there would be taken for a photo."""
     for folder in folders:
         if Path(path).resolve().is_relative_to(Path(folder).resolve()):
             where = "is" if Path(path).resolve() == Path(folder).resolve() else "lies in"
-            raise ValueError(f"{what} {path} {where} the input folder {folder}; choose a folder outside of it")
+            raise ValueError(f"{what} {path} {where} {of} {folder}; choose a folder outside of it")
 
 
 def portable_name(value: str | None) -> str | None:

@@ -75,11 +75,11 @@ def evaluate(
             raise ValueError(f"expected folders of generated pictures, got {folder}")
     _warn_of_swapping(generated, reference)
     places = [_pictures(Path(folder)) for folder in generated]
-    for place in places:
-        others = [path for path in reference if not os.path.exists(path) or not os.path.samefile(path, place)]
-        check_outside(place, filter(os.path.isdir, others), "the folder")
-        for path in others:
-            check_outside(path, [place], "the reference")
+    for folder, place in zip(generated, places, strict=True):
+        for other in filter(os.path.isdir, reference):
+            if not os.path.samefile(folder, other):  # or it is to be compared with itself
+                check_outside(folder, [other], "the folder", "the reference")
+                check_outside(other, [place], "the reference", "the pictures of")
     measures = [METRICS.load(name)() for name in metrics]
     photos = read_images(reference)
     rows = []

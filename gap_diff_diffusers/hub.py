@@ -65,9 +65,9 @@ def create_repository(arguments: argparse.Namespace, folder: str | Path) -> None
         OSError: no login, or the Hub refuses.
         ValueError: a name that no repository can have.
     """
-    from accelerate import PartialState
+    from accelerate.utils import get_cpu_distributed_information  # what the launcher says, of GPUs as well
 
-    if arguments.push_to_hub and PartialState().is_main_process:
+    if arguments.push_to_hub and get_cpu_distributed_information().rank == 0:
         name = arguments.hub_model_id or Path(folder).resolve().name
         token = arguments.hub_token or True  # True wants a login, also where the repository exists
         private = arguments.hub_private_repo or None

@@ -163,6 +163,8 @@ def test_launched_processes_share_the_cells(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert benchmark_run.read_shard(None) == (2, 4)  # at once: it waits for no other process
     assert benchmark_run.read_shard("2/3") == (6, 12)  # the four share the second third
+    monkeypatch.delenv("LOCAL_RANK")  # no launcher of ours
+    assert benchmark_run.read_shard("2/3") == (1, 3)
 
 
 def test_a_killed_run_leaves_whole_cells_and_goes_on(command, tmp_path):

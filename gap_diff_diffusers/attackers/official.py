@@ -151,6 +151,8 @@ class OfficialAttacker(Attacker):
             logger.info("running %s", script)
             environment = _environment(device)
             surrogate.to("cpu")  # the script needs the memory
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             try:
                 code, said = _run(command, show=progress, cwd=workspace, env=environment)
             finally:

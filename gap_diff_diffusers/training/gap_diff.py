@@ -468,7 +468,8 @@ def _is_range(value: Any) -> bool:
 
 def _check_sizes(generator: GAPDiffGenerator, config: GAPDiffTrainingConfig) -> None:
     """ValueError if the factors that are drawn can scale crops to sizes that the network does not take."""
-    for low, high in (pair for entry in config.scale_factors for pair in entry):
+    drawn = [e for e, weight in zip(config.scale_factors, config.scale_weights, strict=True) if weight]
+    for low, high in (pair for entry in drawn for pair in entry):
         for side in range(round(config.crop_size * low), round(config.crop_size * high) + 1):
             if (nearest := generator.nearest_size(side, side)[0]) != side:
                 raise ValueError(

@@ -387,11 +387,10 @@ class TrainingLoop(ABC):
             "stop_after_steps",
             "data_description",
         )
-        changed = [key for key in settings.keys() & saved if settings[key] != saved[key] and key not in free]
+        changed = [key for key in sorted(settings.keys() & saved) if settings[key] != saved[key] and key not in free]
         if changed:
-            raise ValueError(
-                f"{folder} is of a run with another {', '.join(sorted(changed))}; resume with the settings it had"
-            )
+            changed, had = ", ".join(changed), ", ".join(f"{key} {json.dumps(saved[key])}" for key in changed)
+            raise ValueError(f"{folder} is of a run with another {changed}; resume with the settings it had: {had}")
         if (count := state.get("num_processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
             logger.warning(
                 "%s is of %d processes, this run has %d: it will take another way",
