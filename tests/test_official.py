@@ -6,6 +6,7 @@ DIFFUSERS_CHECKOUT.
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -66,6 +67,7 @@ def checkout(tmp_path):
 def test_a_script_gets_clean_photos_and_its_settings(surrogate, images, checkout, tmp_path):
     bias = surrogate.denoiser.conv_in.bias.clone()
     attacker = ATTACKERS.load("official:dreambooth")(diffusers_examples=str(checkout), **SETTINGS)
+    surrogate.enable_gradient_checkpointing()
     pipeline = attacker(surrogate, images, class_images=images[:2], progress=False)
     torch.testing.assert_close(pipeline.unet.conv_in.bias, bias + 1)
     assert pipeline is surrogate.pipeline and not pipeline.unet.conv_in.bias.requires_grad
@@ -75,6 +77,18 @@ def test_a_script_gets_clean_photos_and_its_settings(surrogate, images, checkout
     assert told["--instance_prompt"] == "a photo of sks person" and told["--max_train_steps"] == "2"
     assert told["--num_class_images"] == "2" and "--train_text_encoder" in rest and precision == "no"
     assert told["--adam_weight_decay"] == "0.01" and told["--max_grad_norm"] == "1.0"
+    assert "--gradient_checkpointing" in rest
+
+
+def test_what_a_script_cannot_do_is_said_before_anything_is_drawn(surrogate, checkout):
+    with pytest.raises(ValueError, match="expected a StableDiffusionXLPipeline for dreambooth/"):
+        ATTACKERS.load("official:lora-sdxl")().check_model(surrogate)
+    attacker = ATTACKERS.load("official:dreambooth")(diffusers_examples=str(checkout))
+    script = attacker.find_script()
+    script.write_text("import torchvision")
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ImportError, match=r"train_dreambooth\.py needs torchvision"):
+            attacker.find_script()
 
 
 def test_what_a_script_says_before_it_fails_is_the_error(surrogate, images, checkout, capsys):
