@@ -161,9 +161,10 @@ def check_outside(
     of: str = "the input folder",
 ) -> None:
     """ValueError if a path is one of the folders to read, or lies in one: what is there would be taken for a photo."""
+    place = Path(path).resolve()
     for folder in folders:
-        if Path(path).resolve().is_relative_to(Path(folder).resolve()):
-            where = "is" if Path(path).resolve() == Path(folder).resolve() else "lies in"
+        if place.is_relative_to(known := Path(folder).resolve()):
+            where = "is" if place == known else "lies in"
             raise ValueError(f"{what} {path} {where} {of} {folder}; choose a folder outside of it")
 
 

@@ -88,7 +88,6 @@ class DiffPure(_ModelTransform):
         self.end = end = pipeline.scheduler.config.num_train_timesteps
         if timestep > end:
             raise ValueError(f"timestep: expected one up to the model's {end}, got {timestep}")
-        self.strength = timestep / end
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -105,7 +104,7 @@ class DiffPure(_ModelTransform):
             return self.pipeline(
                 prompt=self.prompt,
                 image=image,
-                strength=self.strength,
+                strength=self.timestep / self.end,
                 num_inference_steps=math.ceil(self.steps * self.end / self.timestep),
                 guidance_scale=1.0,
                 generator=source,
