@@ -1,5 +1,6 @@
 """Photos to train and to measure on: which ones, held out by a fixed rule, and what is cut out of them."""
 
+import hashlib
 import io
 import json
 import logging
@@ -8,12 +9,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from .config import check_at_least_one, check_types
 from .faces import find_faces
@@ -22,8 +24,30 @@ from .images import PHOTO_SUFFIXES, PhotoError, read_photo
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Source = str | os.PathLike | bytes
-"""A photo that was not read yet: its path, or the bytes of its file."""
+
+
+@dataclass(frozen=True)
+class DatasetPhoto:
+    """A photo of a dataset, read from its file when it is needed: all of them may not fit into memory.
+
+    Attributes:
+        rows: a `datasets.Dataset` whose column of images is not decoded.
+        column: its name.
+        index: the photo's row.
+    """
+
+    rows: Any
+    column: str
+    index: int
+
+    def read(self) -> str | bytes:
+        """The photo's path, or the bytes of its file; none for an empty row."""
+        image = self.rows[self.index][self.column]
+        return (image["bytes"] or image["path"]) if image else b""
+
+
+Source = str | os.PathLike | DatasetPhoto
+"""A photo that was not read yet: its path, or where it is in a dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +61,8 @@ class PhotosConfig:
         dataset_revision: branch, tag or commit of the dataset.
         dataset_split: which part of it.
         image_column: of the dataset.
+        minimum_side: photos with a shorter side in pixels, which have no detail to learn, are left out where crops are
+            cut from them.
         max_train_samples: the first so many photos, or None for all.
         data_description: what the photos are and on which terms, for the record and the model card.
     """
@@ -48,17 +74,23 @@ class PhotosConfig:
     dataset_split: str = "train"
     image_column: str = "image"
     caption_column: ClassVar[str | None] = None  # a setting of what learns captions
+    minimum_side: int = 200
     max_train_samples: int | None = None
     data_description: str = ""
 
     def __post_init__(self):
         check_types(self)
-        check_at_least_one(self, "max_train_samples")
+        check_at_least_one(self, "max_train_samples", "minimum_side")
         if bool(self.train_data_dir) == bool(self.dataset_name):
             raise ValueError(
                 f"expected either train_data_dir or dataset_name, got {list(self.train_data_dir)} and "
                 f"{self.dataset_name!r}"
             )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """What is read on this machine, where nothing may be written."""
+        return self.train_data_dir or tuple(filter(os.path.isdir, [self.dataset_name]))
 
     def load_photos(self) -> tuple[list[Source], list[str | None]]:
         """The photos, unread, and their captions, None for those without.
@@ -86,7 +118,17 @@ class PhotosConfig:
         for folder in map(Path, self.train_data_dir):
             path = folder / "metadata.jsonl"
             lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-            for row in map(json.loads, filter(None, lines)):
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{path}, line {number}: expected a JSON object with file_name, got {line[:80]!r}"
+                    )
                 captions[folder / str(row.get("file_name"))] = row.get(self.caption_column)
         if not any(captions.values()):
             raise ValueError(
@@ -111,7 +153,8 @@ class PhotosConfig:
         if self.max_train_samples is not None:
             dataset = dataset.select(range(min(len(dataset), self.max_train_samples)))
         dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))  # bad ones are skipped later
-        photos = [image["bytes"] or image["path"] if image else b"" for image in dataset[self.image_column]]
+        rows = dataset.select_columns([self.image_column])
+        photos = [DatasetPhoto(rows, self.image_column, index) for index in range(len(rows))]
         captions = list(dataset[self.caption_column]) if self.caption_column else [None] * len(photos)
         return photos, captions
 
@@ -136,6 +179,12 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
             )
         photos += found
     return photos
+
+
+def digest_photos(photos: Sequence[Source]) -> str:
+    """A short text that changes with which photos these are, by path, or by row of the dataset; not by content."""
+    names = [str(photo.index if isinstance(photo, DatasetPhoto) else photo) for photo in photos]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:
@@ -243,6 +292,8 @@ def face_square(source: Source, face_scale: float | None = None) -> Image.Image:
         ImportError: there is no detector.
         PhotoError: an unreadable photo, or one without a face of a fifth of its long side or more.
     """
+    if isinstance(source, DatasetPhoto):
+        source = source.read()
     if isinstance(source, bytes):
         try:
             source = Image.open(io.BytesIO(source))
@@ -367,7 +418,7 @@ class FaceCrops:
         self.crop_size, self.native_size, self.scales = crop_size, native_size, scales
         self.squares: list[Image.Image | Source] = []
         self.unreadable = self.too_small = 0
-        for source in photos:
+        for source in tqdm(photos, desc="Reading photos", disable=None):
             try:
                 square = face_square(source)
             except PhotoError:
@@ -382,7 +433,7 @@ class FaceCrops:
         if not self.squares:
             raise ValueError(
                 f"expected photos that can be read, of at least {minimum_side} px a side, got none among "
-                f"{len(photos)}: {left_out}"
+                f"{len(photos)}: {left_out}; add larger ones, or lower minimum_side"
             )
         logger.info("%d photos to train on; left out: %s", len(self.squares), left_out)
 

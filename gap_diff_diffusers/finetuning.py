@@ -47,7 +47,7 @@ class DreamBoothConfig:
         lr_scheduler: what becomes of it and of the others by the last step: "constant", or "linear" or "cosine" to 0.
         text_learning_rate: of what is trained in the text encoder; None for `learning_rate`.
         adam_weight_decay: of all weights but a token's embedding.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm, which is above 0; a large one leaves them.
         mixed_precision: of the forward pass, "no", "bf16" (which GAP-Diff's attacker has; best on a GPU) or "fp16".
         num_inference_steps, guidance_scale: of drawing the class pictures.
         seed: of everything random.
@@ -94,6 +94,10 @@ class DreamBoothConfig:
         )
         counts = ("resolution", "max_train_steps", "train_batch_size", "prior_batch_size", "num_class_images")
         check_at_least_one(self, *counts)
+        if self.max_grad_norm <= 0:  # with which nothing would learn
+            raise ValueError(
+                f"expected max_grad_norm above 0, got {self.max_grad_norm}; a large one leaves gradients as they are"
+            )
         if self.rare_token not in self.instance_prompt.split():
             raise ValueError(
                 f"expected an instance_prompt with the word {self.rare_token!r}, got {self.instance_prompt!r}"

@@ -55,16 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub_private_repo", action="store_true", help="if the repository is made, make it private")
 
 
-def create_repository(arguments: argparse.Namespace, folder: str | Path) -> None:
+def create_repository(arguments: argparse.Namespace, folder: str | Path, *, report_to: str = "none") -> None:
     """Create the repository if the flags of `add_arguments` say so, and put its whole name among them.
 
     Before a training, so that a missing login or a name that may not be used stops it before it has taken its time. Of
     several processes the main one does it.
 
+    Args:
+        arguments: the flags; `hub_model_id` is set.
+        folder: its name is the repository's, unless a flag names that.
+        report_to: the tracker of the run.
+
     Raises:
         OSError: no login, or the Hub refuses.
-        ValueError: a name that no repository can have.
+        ValueError: a name that no repository can have, or a token on a command line that a tracker will publish.
     """
+    if arguments.hub_token and report_to in ("wandb", "all"):
+        raise ValueError(
+            "expected no --hub_token beside the tracker wandb, which uploads the command line, and the token with it; "
+            "log in with hf auth login instead"
+        )
     from accelerate.utils import get_cpu_distributed_information  # what the launcher says, of GPUs as well
 
     if arguments.push_to_hub and get_cpu_distributed_information().rank == 0:

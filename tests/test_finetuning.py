@@ -151,6 +151,7 @@ def test_photos_of_any_shape_become_squares():
         ({"learning_rate": "high"}, "learning_rate of type float"),
         ({"max_train_steps": 2.0}, "max_train_steps of type int"),
         ({"instance_prompt": "a photo of a person"}, "'sks'"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm above 0"),
     ],
 )
 def test_settings_that_do_not_work_are_named(changes, message):

@@ -18,13 +18,14 @@ from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
-from gap_diff_diffusers.config import config_from_arguments, training_parser
+from gap_diff_diffusers.config import BUNDLED_FACE_MODEL, config_from_arguments, training_parser
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
     AutoencoderTrainer,
     DenoiserTrainer,
     SurrogateTrainingConfig,
+    build_denoiser,
     build_tokenizer,
     train_surrogate,
 )
@@ -329,6 +330,7 @@ def test_what_an_interruption_left_does_not_stop_a_run_from_resuming(tmp_path):
     (tmp_path / "checkpoint-40.part").mkdir()
     with open(tmp_path / "training_log.jsonl", "a") as log:
         log.write('{"step": 2')
+    (tmp_path / "checkpoint-20-best").mkdir()  # somebody's copy, which no limit removes
     assert len(checkpoints(tmp_path)) == 1
     Line(line_config(tmp_path, max_train_steps=20)).train(resume="latest")
     assert [entry["step"] for entry in log_of(tmp_path)] == list(range(1, 21))
@@ -478,6 +480,23 @@ def test_an_autoencoder_can_start_from_another(photos, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_both_can_start_from_the_model_that_ships(photos, tmp_path):
+    settings = json.loads((ROOT / "training_scripts" / "configs" / "face_model.json").read_text())
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    config = SurrogateTrainingConfig(
+        train_data_dir=(str(photos),),
+        output_dir=str(tmp_path / "run"),
+        **settings
+        | {"vae_init_from": "bundled", "init_from": "bundled", "distillation_weight": 0.0}
+        | {"feature_encoders": (), "response_weight": 0.0, "face_scale": None},
+    )
+    shipped = StableDiffusionPipeline.from_pretrained(BUNDLED_FACE_MODEL, dtype=torch.float32)
+    _, networks = build_denoiser(config, [])
+    for ours, theirs in ((AutoencoderTrainer(config).vae, shipped.vae), (networks["unet"], shipped.unet)):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_denoiser_can_start_from_another(photos, tmp_path):
     vae = AutoencoderTrainer(make_config(photos, tmp_path)).vae
     first = DenoiserTrainer(make_config(photos, tmp_path, seed=1), vae)
@@ -554,6 +573,10 @@ def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_p
         with pytest.raises(ValueError, match=message):
             train_surrogate(make_config(photos, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"expected a checkpoint to resume from in .*run.autoencoder, found none"):
+        train_surrogate(make_config(photos, tmp_path / "run"), resume="latest")
+    with pytest.raises(ValueError, match="choose a folder outside"):
+        make_config(photos, photos / "run")
 
 
 def test_both_stages_go_on_where_they_were_interrupted(photos, encoder, tmp_path):
@@ -624,6 +647,9 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     with pytest.raises(ValueError, match="an output folder without"):
         train_surrogate(make_config(photos, out, feature_encoders=(encoder,)))
     environment = hub_environment(hub.url, tmp_path)  # without a login, and before the folder is looked at
+    published = [*command, "--report_to", "wandb"]  # which would publish the token
+    refused = subprocess.run(published, capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0 and "log in with hf auth login instead" in refused.stderr
     refused = subprocess.run([*without_pushing, "--push_to_hub"], capture_output=True, text=True, env=environment)
     assert refused.returncode != 0 and "no token found" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -671,6 +697,10 @@ def test_a_folders_captions_stand_in_its_metadata(photos, tmp_path):
     assert len(trainer.captions) == len(trainer.latents) == 20
     with pytest.raises(ValueError, match=r"'other' beside file_name"):
         make_config(photos, tmp_path, caption_column="other").load_photos()
+    for line in ("{oops", "[1]"):
+        (photos / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n\n" + line + "\n")
+        with pytest.raises(ValueError, match=r"metadata.jsonl, line 3: expected a JSON object with file_name"):
+            config.load_photos()
 
 
 def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
@@ -692,7 +722,7 @@ def test_a_dataset_instead_of_folders(photos, tmp_path, monkeypatch):
         )
 
     found, captions = config().load_photos()
-    assert found[:12] == sources and captions == rows["text"]
+    assert [photo.read() for photo in found] == rows["picture"] and captions == rows["text"]
     trainer = AutoencoderTrainer(config())
     assert len(trainer.crops.squares) == 10 and trainer.crops.unreadable == 1
     assert len(config(max_train_samples=5).load_photos()[0]) == 5

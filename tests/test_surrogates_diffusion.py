@@ -670,6 +670,12 @@ def loss_from_hub(model, revision):
     return surrogate.denoising_loss(images, "a cat", generator=torch.Generator().manual_seed(3)).item()
 
 
+def go_offline():
+    import huggingface_hub
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def latents_from_hub(model, revision):
     import torch
 
@@ -713,6 +719,12 @@ def test_models_on_the_hub_load_by_revision_and_what_is_gone_names_what_lives(fo
         for model, revision, message in (*refused[:4], ("enc/none.safetensors", None, "no such file")):
             with pytest.raises(WorkerError, match=f"ValueError: .*{message}"):
                 worker.run(latents_from_hub, model, revision)
+        online = worker.run(latents_from_hub, "org/model", None), worker.run(loss_from_hub, "org/model", None)
+        worker.run(go_offline)  # what was loaded stays, and which files it does not have
+        assert worker.run(latents_from_hub, "org/model", None) == online[0]
+        assert worker.run(loss_from_hub, "org/model", None) == online[1]
+        with pytest.raises(WorkerError, match="LocalEntryNotFoundError"):
+            worker.run(latents_from_hub, "org/never-loaded", None)
         worker.close()
 
 

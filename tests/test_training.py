@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
@@ -192,6 +193,55 @@ def test_encoders_save_memory_where_they_can(photos, model, tmp_path):
         return trainer.training_step(seeded())["gradient_norm"]
 
     assert gradient(True) == pytest.approx(gradient(False), rel=1e-4)
+
+
+@torch.no_grad()
+def clean_latents(surrogate, images):
+    return surrogate.encode_images(images)
+
+
+def test_a_tiny_autoencoder_that_is_to_save_memory_encodes_what_it_did_before(photos, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**blocks).save_pretrained(tmp_path / "vae")
+    trainer = GAPDiffTrainer(make_config(photos, tmp_path / "vae", tmp_path / "run", gradient_checkpointing=True))
+    images = torch.rand(1, 3, 32, 32, generator=seeded(), requires_grad=True)
+    latents = trainer.encoders[0].encode_images(images)
+    assert latents.requires_grad and torch.equal(latents, clean_latents(trainer.encoders[0], images))
+
+
+def test_what_a_transform_shrinks_is_learned_at_its_size(photos, encoder, model, tmp_path):
+    transform = {"name": "resize", "scale": 0.5}
+    for config, network in (
+        (
+            make_config(photos, encoder, tmp_path, transform=transform, scale_factors=([[1, 1]],), scale_weights=(1,)),
+            0,
+        ),
+        (diffusion_config(photos, model, tmp_path, transform=transform, surrogate_resolutions=(256,)), 1),
+    ):
+        trainer = GAPDiffTrainer(config)
+        seen, part = [], trainer.surrogates[0].vae.encoder if network else trainer.encoders[0].encoder
+        part.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[-1]))
+        trainer.training_step(seeded())
+        assert set(seen) == {32 if network else 64}
+
+
+def test_a_run_goes_on_with_the_photos_it_began_with(photos, encoder, tmp_path):
+    config = make_config(photos, encoder, tmp_path / "run", max_train_steps=2)
+    GAPDiffTrainer(config).train()
+    Image.open(photos / "2.png").save(photos / "20.png")
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of a run on other photos; resume with those it had"):
+        GAPDiffTrainer(config).train(resume="latest")
+
+
+def test_runs_of_different_precision_in_one_process(photos, encoder, tmp_path):
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("no", torch.float32)):
+        trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path, mixed_precision=precision))
+        seen = []
+        trainer.generator.network.conv_out.register_forward_hook(lambda *data, seen=seen: seen.append(data[2].dtype))
+        assert trainer.training_step(seeded())["gradient_norm"] > 0
+        assert set(seen) == {dtype}
 
 
 @pytest.fixture
@@ -416,11 +466,22 @@ def test_every_family_of_models_is_trained_against_and_learns(photos, family, tm
         ({"gan_weight": -1.0}, "gan_weight of at least 0"),
         ({"eps": 8.0}, "8 levels are written 8/255"),
         ({"rms": 0.0}, "rms above 0"),
+        ({"crop_size": 24, "scale_factors": ([[1, 1]],), "scale_weights": (1.0,)}, "crop_size of at least 28, got 24"),
+        (
+            {"minimum_side": 1000},
+            "at least 1000 px a side, got none among 11: .*; add larger ones, or lower minimum_side",
+        ),
     ],
 )
 def test_settings_that_do_not_work_are_named(photos, encoder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         GAPDiffTrainer(make_config(photos, encoder, tmp_path, **changes))
+
+
+def test_nothing_is_written_among_the_photos(photos, encoder):
+    for folder in (photos, photos / "run"):
+        with pytest.raises(ValueError, match=r"the output .* the input folder .* choose a folder outside of it"):
+            make_config(photos, encoder, folder)
 
 
 def test_a_transform_that_gradients_do_not_pass_is_refused(photos, encoder, model, tmp_path):

@@ -31,7 +31,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = config_from_arguments(GAPDiffTrainingConfig, arguments, arguments.config)
-    hub.create_repository(arguments, config.output_dir)
+    hub.create_repository(arguments, config.output_dir, report_to=config.report_to)
     trainer = GAPDiffTrainer(config)
     warn_without_faces(trainer.train_photos)
     figures = trainer.train(resume=arguments.resume_from_checkpoint)

@@ -31,7 +31,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = config_from_arguments(SurrogateTrainingConfig, arguments, arguments.config)
-    hub.create_repository(arguments, config.output_dir)
+    hub.create_repository(arguments, config.output_dir, report_to=config.report_to)
     if config.face_scale is None:  # otherwise those without one are left out
         warn_without_faces(config.load_photos()[0])
     denoiser, record = train_surrogate(config, resume=arguments.resume_from_checkpoint)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -53,6 +54,11 @@ def find_file(
     try:
         return Path(hf_hub_download(str(model), name, subfolder=subfolder, revision=revision, token=token))
     except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:  # without a network, of a file that is not there; the cache knows if there is none
+        path = "/".join(filter(None, (subfolder, name)))
+        if isinstance(try_to_load_from_cache(str(model), path, revision=revision), str | None):
+            raise
         return None
     except RevisionNotFoundError as error:
         raise ValueError(

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..config import portable_settings, provenance
-from ..data import PhotosConfig, Source, face_square, round_to_8_bits, split_record, to_tensor
+from ..config import check_outside, portable_settings, provenance
+from ..data import PhotosConfig, Source, digest_photos, face_square, round_to_8_bits, split_record, to_tensor
 from ..images import PhotoError
 from ..models.face_embedder import FACE_SIZE, FaceEmbedder
 from ..recognition import DlibFaces
@@ -37,6 +37,7 @@ class FaceEmbedderConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
+        check_outside(self.output_dir, self.folders)
         for name in ("disturbed", "disturbed_length"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} from 0 to 1, got {getattr(self, name)}")
@@ -53,6 +54,7 @@ class FaceEmbedderTrainer(TrainingLoop):
         super().__init__(config, {"embedder": self.network})
         backend = DlibFaces()
         train, held_out = config.split_photos()
+        self.data_digest = digest_photos([*train, *held_out])
         self.faces, targets, self.left_out = _find(backend, train, config.photo_size)
         self.held_out, held_out_targets, left_out = _find(backend, held_out, config.photo_size)
         self.left_out += left_out
@@ -69,7 +71,7 @@ class FaceEmbedderTrainer(TrainingLoop):
                 images[index] = disturb(images[index], generator)
                 targets[index] *= self.config.disturbed_length
         device = self.accelerator.device
-        with self.accelerator.autocast():
+        with self.autocast():
             embeddings = self.network(images.to(device), generator=generator)
         loss = (embeddings.float() - targets.to(device)).pow(2).sum(1).mean()
         norm = self.update("embedder", loss)

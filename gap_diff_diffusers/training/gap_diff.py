@@ -20,8 +20,16 @@ import torch
 from torch import nn
 
 from ..budget import check_whole_levels
-from ..config import check_at_least, check_at_least_one, check_choices, initial_weights, portable_settings, provenance
-from ..data import FaceCrops, PhotosConfig, load_faces, pick, readable, round_to_8_bits
+from ..config import (
+    check_at_least,
+    check_at_least_one,
+    check_choices,
+    check_outside,
+    initial_weights,
+    portable_settings,
+    provenance,
+)
+from ..data import FaceCrops, PhotosConfig, digest_photos, load_faces, pick, readable, round_to_8_bits
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
@@ -37,6 +45,8 @@ STAGES = {
     "preprocessed": ((1.0, 0.0, 1.0),),
 }
 """Schedules of beta and gamma: the released code's, which has protected photos at the end, too, and one without."""
+COHERENCE_WINDOW = 16
+"""Side in pixels of the windows that the coherence loss compares; they begin up to 12 px from the top and the left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +137,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
+        check_outside(self.output_dir, self.folders)
         for kind, names in (
             ("encoders", ("encoder_weights", "encoder_crop_sizes")),
             ("surrogates", ("surrogate_weights", "surrogate_resolutions", "surrogate_learning_rates")),
@@ -184,6 +195,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             raise ValueError(
                 f"expected a train_batch_size of at least 2, got {self.train_batch_size}: photos are compared; or set "
                 "coherence_weight to 0"
+            )
+        if self.coherence_weight and self.crop_size < COHERENCE_WINDOW + 12:
+            raise ValueError(
+                f"expected a crop_size of at least {COHERENCE_WINDOW + 12}, got {self.crop_size}: windows of "
+                f"{COHERENCE_WINDOW} px are compared; or set coherence_weight to 0"
             )
 
     @property
@@ -254,7 +270,13 @@ class GAPDiffTrainer(TrainingLoop):
             self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
         self.train_photos, held_out = config.split_photos()
-        self.crops = FaceCrops(self.train_photos, crop_size=config.crop_size, scales=config.crop_scales)
+        self.data_digest = digest_photos([*self.train_photos, *held_out])
+        self.crops = FaceCrops(
+            self.train_photos,
+            crop_size=config.crop_size,
+            scales=config.crop_scales,
+            minimum_side=config.minimum_side,
+        )
         self.held_out = readable(held_out)
         self.unreadable = len(held_out) - len(self.held_out)
         shown = pick(self.held_out, max(1, config.num_validation_images))
@@ -281,14 +303,16 @@ class GAPDiffTrainer(TrainingLoop):
         """One optimizer step with this source of randomness; returns the figures to log."""
         config = self.config
         images = self.crops.sample(config.train_batch_size, generator).to(self.device)
-        with self.accelerator.autocast():
+        with self.autocast():
             height, width = images.shape[-2:]
             sizes = [(round(height * factor), round(width * factor)) for factor in self._draw_factors(generator)]
             perturbation = self.generator.perturb_at_sizes(images, sizes)
         protected = (images + perturbation * config.eps).clamp(0, 1)
         draw = self.transform.draw(generator=generator)
-        published_clean = self.transform.apply_draw(images, draw)
-        published = self.transform.apply_draw(protected, draw)
+        # What comes out smaller or larger is brought back to the size that it is learned at, as an attacker does.
+        published_clean, published = (
+            resize(self.transform.apply_draw(photos, draw), images.shape[-2:]) for photos in (images, protected)
+        )
 
         loss = torch.zeros((), device=self.device)
         figures = {}
@@ -303,18 +327,18 @@ class GAPDiffTrainer(TrainingLoop):
                 figures |= {prefix + name: value for name, value in measured.items()}
         offset = torch.randint(0, 4, (2,), generator=generator).mul(4).tolist()
         if config.coherence_weight:
-            coherence = coherence_loss(perturbation, window=16, offset=tuple(offset), samples=768)
+            coherence = coherence_loss(perturbation, window=COHERENCE_WINDOW, offset=tuple(offset), samples=768)
             loss = loss + config.coherence_weight * coherence
             figures["coherence"] = coherence.item()
         loss = loss + config.rms_weight * excess_power_loss(perturbation * config.eps * 255, config.rms)
         if config.gan_weight:
             discriminator = self.networks["discriminator"]
             pair = (images, protected) if config.discriminator_input == "protected" else (images, published)
-            with self.accelerator.autocast():
+            with self.autocast():
                 judged = discriminator_loss(discriminator(pair[0]), discriminator(pair[1].detach()))
             figures["loss/discriminator"] = judged.item()
             self.update("discriminator", judged)
-            with self.accelerator.autocast():
+            with self.autocast():
                 looks = gan_loss(discriminator(pair[1]))
             figures["loss/gan"] = looks.item()
             loss = loss + config.gan_weight * looks

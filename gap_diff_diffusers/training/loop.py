@@ -7,6 +7,7 @@ checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
 import json
 import logging
 import math
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class LoopConfig:
     Attributes:
         output_dir: gets the result, the training record, the log and the checkpoints.
         max_train_steps: optimizer steps, over which the learning rate runs its course.
-        stop_after_steps: end earlier, as if these were all, but for the learning rate; None for not.
+        stop_after_steps: end earlier, as if these were all, but for the learning rate and for stages, which run their
+            course over `max_train_steps`; None for not.
         train_batch_size: photos per process that a gradient is taken of.
         gradient_accumulation_steps: a step's gradient is the mean of so many.
         learning_rate: of Adam with decoupled weight decay, at its peak.
@@ -127,7 +129,6 @@ class TrainingLoop(ABC):
             torch.backends.cuda.matmul.allow_tf32 = True
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         )
@@ -157,6 +158,7 @@ class TrainingLoop(ABC):
             )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.step = 0
+        self.data_digest = ""  # of what it learns, if a subclass says it: a resumed run has to have the same
         self.accumulated = 0
         self.mean_losses: dict[str, torch.Tensor] = {}  # of the step's parts, as far as they went
 
@@ -301,6 +303,11 @@ class TrainingLoop(ABC):
             self.emas[name].step(network.parameters())
         return norm.item()
 
+    def autocast(self) -> torch.autocast:
+        """The run's precision; not accelerate's, of which a Python process has but one."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Put the averaged weights in place for a while, in evaluation mode."""
@@ -354,6 +361,7 @@ class TrainingLoop(ABC):
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
             "scaler": self.scaler.state_dict(),
             "num_processes": self.accelerator.num_processes,
+            "data": self.data_digest,
         }
         try:
             with open(temporary / "state.pt", "wb") as file:
@@ -391,6 +399,10 @@ class TrainingLoop(ABC):
         if changed:
             changed, had = ", ".join(changed), ", ".join(f"{key} {json.dumps(saved[key])}" for key in changed)
             raise ValueError(f"{folder} is of a run with another {changed}; resume with the settings it had: {had}")
+        if state.get("data", self.data_digest) != self.data_digest:
+            raise ValueError(
+                f"{folder} is of a run on other photos; resume with those it had, or begin in another folder"
+            )
         if (count := state.get("num_processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
             logger.warning(
                 "%s is of %d processes, this run has %d: it will take another way",
@@ -412,7 +424,7 @@ class TrainingLoop(ABC):
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
     return sorted(found, key=_step_of)
 
 

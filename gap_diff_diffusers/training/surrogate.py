@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..budget import budget_levels
@@ -32,7 +33,9 @@ from ..config import (
     check_at_least,
     check_at_least_one,
     check_choices,
+    check_outside,
     initial_weights,
+    locate_model,
     portable_settings,
     provenance,
     write_json,
@@ -41,6 +44,7 @@ from ..data import (
     FaceCrops,
     PhotosConfig,
     Source,
+    digest_photos,
     is_readable,
     load_face,
     load_faces,
@@ -141,7 +145,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
         response_weight: how much it costs, as the squared logarithm of the ratio, that latents move further, or less
             far, than these encoders' do when a photo is perturbed within `response_eps` by a step up their gradient.
         response_eps: that budget, on [0,1].
-        vae_init_from: folder of an autoencoder of the same shape to start from, or None for random weights.
+        vae_init_from: folder of an autoencoder of the same shape, or of a model with one, to start from, or None for
+            random weights.
         distillation_weight: how much it costs that these latents cannot be read off ours by one linear map.
         unet_channels: widths of the denoiser; attention to the caption in all but the first.
         unet_layers_per_block: residual blocks per width.
@@ -204,6 +209,7 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     def __post_init__(self):
         PhotosConfig.__post_init__(self)
         LoopConfig.__post_init__(self)
+        check_outside(self.output_dir, self.folders)
         counts = ("vae_train_batch_size", "num_validation_images", "text_channels", "attention_heads")
         check_at_least_one(self, "resolution", "vae_crop_size", *counts)
         weights = ("kl_weight", "gradient_weight", "feature_weight", "distillation_weight", "response_weight")
@@ -259,7 +265,8 @@ class AutoencoderTrainer(TrainingLoop):
                 sample_size=config.resolution,
             )
             if config.vae_init_from:
-                _load_weights(self.vae, Path(config.vae_init_from))
+                model = locate_model(config.vae_init_from)
+                _load_weights(self.vae, Path(model, "vae") if Path(model, "vae").is_dir() else Path(model))
             encoders = load_encoders(config.feature_encoders, config.feature_encoder_revisions)
             heads = nn.ModuleList()
             for encoder in encoders:  # one reads as many of our latents as lie in one of the encoder's
@@ -281,7 +288,13 @@ class AutoencoderTrainer(TrainingLoop):
         self.encoders = [encoder.to(self.device) for encoder in encoders]
         make_names_unique(self.encoders)
         train, held_out = config.split_photos()
-        self.crops = FaceCrops(train, crop_size=config.vae_crop_size, native_size=config.resolution)
+        self.crops = FaceCrops(
+            train,
+            crop_size=config.vae_crop_size,
+            native_size=config.resolution,
+            minimum_side=config.minimum_side,
+        )
+        self.data_digest = digest_photos([*train, *held_out])
         self.held_out_photos = readable(held_out)
         self.unreadable = len(held_out) - len(self.held_out_photos)
         self.held_out = load_faces(pick(self.held_out_photos, MAX_VALIDATED), config.resolution)
@@ -291,7 +304,7 @@ class AutoencoderTrainer(TrainingLoop):
         config = self.config
         images = self.crops.sample(config.train_batch_size, generator).to(self.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
+        with self.autocast():
             posterior = self.vae.encode(images * 2 - 1).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
             latents = posterior.mean + posterior.std * noise
@@ -303,11 +316,11 @@ class AutoencoderTrainer(TrainingLoop):
             few = images[: max(1, len(images) // 2)]
             chosen = self.encoders[int(torch.randint(0, len(self.encoders), (), generator=generator))]
             perturbed = self._perturb(few, chosen, generator)
-            with self.accelerator.autocast():
+            with self.autocast():
                 answered = self.vae.encode(perturbed * 2 - 1).latent_dist.mean
             ours = encoder_displacement(posterior.mean[: len(few)].detach(), answered)
         for encoder, head in zip(self.encoders, self.heads):
-            with self.accelerator.autocast():
+            with self.autocast():
                 with torch.no_grad():
                     features = encoder.encode_images(images)
                 moved = encoder.encode_images(reconstructed)
@@ -333,7 +346,7 @@ class AutoencoderTrainer(TrainingLoop):
         signs = torch.randint(0, 2, (count, 3, -(-height // block), -(-width // block)), generator=generator) * 2.0 - 1
         start = F.interpolate(signs, scale_factor=block, mode="nearest")[..., :height, :width].to(images) * eps / 2
         start.requires_grad_(True)
-        with self.accelerator.autocast():
+        with self.autocast():
             with torch.no_grad():
                 features = encoder.encode_images(images)
             displacement = encoder_displacement(features, encoder.encode_images((images + start).clamp(0, 1)))
@@ -368,6 +381,7 @@ class DenoiserTrainer(TrainingLoop):
         self.device = self.accelerator.device
         self.vae.to(self.device)
         self.scheduler = DDPMScheduler(**config.schedule)
+        self.data_digest = digest_photos([photo for photo, _ in (*train, *held_out)])
         self.latents, self.captions = self._encode_all(train)
         self.held_out, self.held_out_captions = self._encode_all(held_out)
         self.left_out = len(train) + len(held_out) - (len(self.latents) + len(self.held_out)) // 2
@@ -432,7 +446,7 @@ class DenoiserTrainer(TrainingLoop):
         timesteps, noise = timesteps.to(self.device), draws[1].to(self.device)
         latents = (mean + std * draws[0]).to(self.device) * self.vae.config.scaling_factor
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with self.accelerator.autocast():
+        with self.autocast():
             predicted = self.unet(noisy, timesteps, self._encode_text(captions)).sample
         target = noise
         if self.config.prediction_type == "v_prediction":
@@ -460,7 +474,7 @@ class DenoiserTrainer(TrainingLoop):
         And their captions. Unreadable photos are left out, and those without a face if `face_scale` wants one.
         """
         posteriors, captions, left_out = [], [], Counter()
-        for source, caption in photos:
+        for source, caption in tqdm(photos, desc="Encoding photos", disable=None):
             try:
                 image = load_face(source, self.config.resolution, self.config.face_scale)
             except PhotoError as error:
@@ -507,7 +521,7 @@ def train_surrogate(
     else:
         _check_denoiser(config)
         stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume if named or checkpoints(stage.output_dir) else None)
+        figures = stage.train(resume=resume)
         named = False  # that was a checkpoint of this stage
         vae = stage.vae
         vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
@@ -578,7 +592,7 @@ def build_denoiser(config: SurrogateTrainingConfig, captions: Sequence[str]) -> 
         )
     networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     if config.init_from:
-        folder = Path(config.init_from)
+        folder = Path(locate_model(config.init_from))
         for name, module in networks.items():
             _load_weights(module, folder / name)
         schedule = DDIMScheduler.load_config(folder / "scheduler")
