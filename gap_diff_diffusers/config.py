@@ -182,6 +182,7 @@ def locate_model(model: str | Path) -> str | Path:
 
 def initial_weights(path: str | None) -> dict[str, Any] | str:
     """What a record says of the weights that a training began with: their own record, or their name, or "random"."""
+    path = str(locate_model(path)) if path else None
     earlier = Path(path, "training_record.json") if path else None
     if earlier and earlier.is_file():
         return json.loads(earlier.read_text(encoding="utf-8"))

@@ -181,10 +181,13 @@ def list_photos(folders: Sequence[str | os.PathLike]) -> list[Path]:
     return photos
 
 
-def digest_photos(photos: Sequence[Source]) -> str:
-    """A short text that changes with which photos these are, by path, or by row of the dataset; not by content."""
+def digest_photos(photos: Sequence[Source], captions: Sequence[str | None] = ()) -> str:
+    """A short text that changes with which photos these are, by path, or by row of the dataset; not by content.
+
+    And with their captions, if there are any.
+    """
     names = [str(photo.index if isinstance(photo, DatasetPhoto) else photo) for photo in photos]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([names, list(captions)]).encode()).hexdigest()[:16]
 
 
 def read_images(paths: Sequence[str | os.PathLike]) -> list[torch.Tensor]:

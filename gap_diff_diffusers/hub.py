@@ -68,11 +68,11 @@ def create_repository(arguments: argparse.Namespace, folder: str | Path, *, repo
 
     Raises:
         OSError: no login, or the Hub refuses.
-        ValueError: a name that no repository can have, or a token on a command line that a tracker will publish.
+        ValueError: a name that no repository can have, or a token on a command line that a tracker may publish.
     """
-    if arguments.hub_token and report_to in ("wandb", "all"):
+    if arguments.hub_token and report_to not in ("none", "tensorboard"):
         raise ValueError(
-            "expected no --hub_token beside the tracker wandb, which uploads the command line, and the token with it; "
+            f"expected no --hub_token beside the tracker {report_to}: some upload the command line, and so the token; "
             "log in with hf auth login instead"
         )
     from accelerate.utils import get_cpu_distributed_information  # what the launcher says, of GPUs as well

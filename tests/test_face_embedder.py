@@ -149,7 +149,7 @@ def test_the_quality_benchmark_compares_each_face_with_itself(photos, tmp_path, 
 )
 def test_settings_that_make_no_sense_are_named(wrong, tmp_path):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        FaceEmbedderConfig(output_dir=str(tmp_path), train_data_dir=(str(tmp_path),), **wrong)
+        FaceEmbedderConfig(output_dir=str(tmp_path / "run"), train_data_dir=(str(tmp_path / "photos"),), **wrong)
 
 
 def test_what_ships_fits_its_record_and_the_config():

@@ -18,7 +18,8 @@ from fake_hub import FakeHub, hub_environment
 from PIL import Image
 from test_surrogates import sana_like
 
-from gap_diff_diffusers.config import BUNDLED_FACE_MODEL, config_from_arguments, training_parser
+from gap_diff_diffusers.config import BUNDLED_FACE_MODEL, config_from_arguments, initial_weights, training_parser
+from gap_diff_diffusers.data import digest_photos
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
 from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
 from gap_diff_diffusers.training.surrogate import (
@@ -491,6 +492,7 @@ def test_both_can_start_from_the_model_that_ships(photos, tmp_path):
         | {"feature_encoders": (), "response_weight": 0.0, "face_scale": None},
     )
     shipped = StableDiffusionPipeline.from_pretrained(BUNDLED_FACE_MODEL, dtype=torch.float32)
+    assert initial_weights("bundled") == json.loads((BUNDLED_FACE_MODEL / "training_record.json").read_text())
     _, networks = build_denoiser(config, [])
     for ours, theirs in ((AutoencoderTrainer(config).vae, shipped.vae), (networks["unet"], shipped.unet)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -575,6 +577,9 @@ def test_what_would_stop_the_denoiser_stops_before_the_autoencoder(photos, tmp_p
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"expected a checkpoint to resume from in .*run.autoencoder, found none"):
         train_surrogate(make_config(photos, tmp_path / "run"), resume="latest")
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)  # of another run, or of one that lost its first stage
+    with pytest.raises(ValueError, match="not the autoencoder that they are of"):
+        train_surrogate(make_config(photos, tmp_path / "run"))
     with pytest.raises(ValueError, match="choose a folder outside"):
         make_config(photos, photos / "run")
 
@@ -656,6 +661,10 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     changed = make_config(photos, out, feature_encoders=(encoder,), kl_weight=1.0, ema_decay=0.5)
     with pytest.raises(ValueError, match="another kl_weight, ema_decay"):
         train_surrogate(changed, resume="latest")
+    assert str(tmp_path) not in (out / "autoencoder" / "vae" / "training_record.json").read_text()
+    Image.open(photos / "2.png").save(photos / "20.png")
+    with pytest.raises(ValueError, match="another minimum_side, choice of photos"):
+        train_surrogate(make_config(photos, out, feature_encoders=(encoder,), minimum_side=100), resume="latest")
 
 
 @pytest.mark.parametrize(
@@ -697,6 +706,7 @@ def test_a_folders_captions_stand_in_its_metadata(photos, tmp_path):
     assert len(trainer.captions) == len(trainer.latents) == 20
     with pytest.raises(ValueError, match=r"'other' beside file_name"):
         make_config(photos, tmp_path, caption_column="other").load_photos()
+    assert digest_photos(found, captions.values()) != digest_photos(found, ["a cat"])
     for line in ("{oops", "[1]"):
         (photos / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n\n" + line + "\n")
         with pytest.raises(ValueError, match=r"metadata.jsonl, line 3: expected a JSON object with file_name"):

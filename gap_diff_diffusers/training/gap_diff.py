@@ -37,6 +37,7 @@ from ..surrogates.base import DiffusionSurrogate, make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement, load_encoders
 from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
+from ..transforms.filters import interpolate
 from .loop import LoopConfig, TrainingLoop
 from .losses import coherence_loss, discriminator_loss, excess_power_loss, gan_loss, log_displacement_loss
 
@@ -311,7 +312,7 @@ class GAPDiffTrainer(TrainingLoop):
         draw = self.transform.draw(generator=generator)
         # What comes out smaller or larger is brought back to the size that it is learned at, as an attacker does.
         published_clean, published = (
-            resize(self.transform.apply_draw(photos, draw), images.shape[-2:]) for photos in (images, protected)
+            interpolate(self.transform.apply_draw(photos, draw), *images.shape[-2:]) for photos in (images, protected)
         )
 
         loss = torch.zeros((), device=self.device)

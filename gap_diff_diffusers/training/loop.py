@@ -1,6 +1,6 @@
 """The loop that every training of this package runs in: steps, checkpoints, log, averaged weights, resuming.
 
-Conventions are those of the diffusers examples: accelerate decides on device, processes, precision and trackers;
+Conventions are those of the diffusers examples: accelerate decides on device, processes and trackers;
 checkpoints are folders `checkpoint-<step>`, of which the last few are kept.
 """
 
@@ -129,6 +129,7 @@ class TrainingLoop(ABC):
             torch.backends.cuda.matmul.allow_tf32 = True
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
+            mixed_precision="no",  # of which a Python process has but one; `autocast` has the run's
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         )
@@ -304,7 +305,7 @@ class TrainingLoop(ABC):
         return norm.item()
 
     def autocast(self) -> torch.autocast:
-        """The run's precision; not accelerate's, of which a Python process has but one."""
+        """The run's precision."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 

@@ -82,6 +82,7 @@ AUTOENCODER_SETTINGS = (
     "dataset_revision",
     "dataset_split",
     "image_column",
+    "minimum_side",
     "max_train_samples",
     "resolution",
     "vae_channels",
@@ -381,7 +382,7 @@ class DenoiserTrainer(TrainingLoop):
         self.device = self.accelerator.device
         self.vae.to(self.device)
         self.scheduler = DDPMScheduler(**config.schedule)
-        self.data_digest = digest_photos([photo for photo, _ in (*train, *held_out)])
+        self.data_digest = digest_photos(*zip(*train, *held_out))
         self.latents, self.captions = self._encode_all(train)
         self.held_out, self.held_out_captions = self._encode_all(held_out)
         self.left_out = len(train) + len(held_out) - (len(self.latents) + len(self.held_out)) // 2
@@ -504,6 +505,7 @@ def train_surrogate(
     """
     named = resume not in (None, "latest")
     folder = Path(config.output_dir) / "autoencoder" / "vae"
+    data_digest = digest_photos(config.load_photos()[0])
     record_path = folder / "training_record.json"  # written last: it says that the folder is whole
     if record_path.is_file():
         if not resume:
@@ -514,11 +516,18 @@ def train_surrogate(
         vae.register_to_config(_name_or_path="")  # a folder of this machine
         now = _settings(config, *AUTOENCODER_SETTINGS)
         changed = [key for key, value in now.items() if first["config"].get(key, value) != value]
+        if first.get("data_digest", data_digest) != data_digest:
+            changed.append("choice of photos")
         if changed:
             raise ValueError(
                 f"{folder} was trained with another {', '.join(changed)}; resume with the settings it had"
             )
     else:
+        if checkpoints(Path(config.output_dir)) and not checkpoints(Path(config.output_dir, "autoencoder")):
+            raise ValueError(
+                f"expected an output folder without checkpoints, got {config.output_dir}, which has some, but not the "
+                "autoencoder that they are of; choose another folder"
+            )
         _check_denoiser(config)
         stage = AutoencoderTrainer(config)
         figures = stage.train(resume=resume)
@@ -529,6 +538,7 @@ def train_surrogate(
             "initial_weights": initial_weights(config.vae_init_from),
             "config": _settings(config, *AUTOENCODER_SETTINGS),
             "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
+            "data_digest": data_digest,
             "figures": figures,
             **stage.machine,
         }
