@@ -217,6 +217,14 @@ def choose_device(device: str | None = None) -> str:
     return device
 
 
+def autocast(device, mixed_precision: str):
+    """The context in which torch computes in this precision on this `torch.device`; "no" leaves all as it is."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def provenance() -> dict:
     """Versions of this package, Python and the libraries that decide a result, the platform, and the git commit.
 

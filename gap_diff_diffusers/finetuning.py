@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import check_at_least_one, check_choices, check_types
+from .config import autocast, check_at_least_one, check_choices, check_types
 from .models.gap_diff_generator import resize
 from .surrogates.base import DiffusionSurrogate, PromptEmbedding
 
@@ -281,8 +281,7 @@ class DreamBooth:
                 parameter.requires_grad_(False)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.device, self.config.mixed_precision)
 
     @torch.no_grad()
     def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

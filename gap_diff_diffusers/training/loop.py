@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import check_at_least, check_at_least_one, check_choices, check_types
+from ..config import autocast, check_at_least, check_at_least_one, check_choices, check_types
 from ..data import save_grid
 from ..images import write_atomically
 
@@ -306,8 +306,7 @@ class TrainingLoop(ABC):
 
     def autocast(self) -> torch.autocast:
         """The run's precision."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
-        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.accelerator.device, self.config.mixed_precision)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
