@@ -40,7 +40,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) ->
         if type(None) in typing.get_args(hint):
             hint = optional[0]
         if typing.get_origin(hint) is tuple:
-            options |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+            kind = typing.get_args(hint)[0]
+            options |= {"type": json.loads if kind is bool else kind, "nargs": "+"}
         elif hint is bool:
             options |= {"type": json.loads, "nargs": "?", "const": True}
         else:

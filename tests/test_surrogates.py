@@ -136,3 +136,10 @@ def test_displacement_is_in_units_of_the_clean_variance():
     torch.testing.assert_close(encoder_displacement(clean, other), torch.full((2,), 2.0), atol=0.1, rtol=0)
     shifted = clean + torch.tensor([1.0, 5.0]).view(2, 1, 1, 1)
     torch.testing.assert_close(encoder_displacement(clean, shifted), torch.ones(2), atol=0.05, rtol=0)
+    assert encoder_displacement(clean, shifted, centered=True).max() < 1e-9  # the same everywhere
+    part = clean.clone()
+    part[..., :16] += shifted[..., :16] - clean[..., :16]  # half of all places: the mean is half of it, too
+    torch.testing.assert_close(encoder_displacement(clean, part), torch.full((2,), 0.5), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        encoder_displacement(clean, part, centered=True), torch.full((2,), 0.25), atol=0.05, rtol=0
+    )

@@ -15,6 +15,7 @@ from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
+from gap_diff_diffusers.config import training_parser
 from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out, split_usable
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
@@ -182,6 +183,27 @@ def test_an_encoder_sees_photos_at_its_resolution(photos, encoder, tmp_path):
     assert trainer.training_step(seeded())[name] != GAPDiffTrainer(same).training_step(seeded())[name]
     with pytest.raises(ValueError, match="as many encoder_resolutions as encoders"):
         make_config(photos, encoder, tmp_path, encoder_resolutions=(256, 512))
+
+
+def test_an_encoder_counts_without_what_all_places_share(photos, encoder, tmp_path):
+    changes = {"crop_size": 128, "rms_weight": 0.0, "coherence_weight": 0.0}
+    figures, validated = [], []
+    for centered in ((), (False,), (True,)):
+        trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "run", encoder_centered=centered, **changes))
+        source = seeded()
+        for weight in trainer.generator.parameters():  # what is new adds next to nothing
+            weight.data += 0.05 * torch.randn(weight.shape, generator=source)
+        validated.append(trainer.validate())
+        figures.append(trainer.training_step(seeded()))
+    assert figures[0] == figures[1] and validated[0] == validated[1]
+    assert figures[2]["displacement/encoder"] < figures[0]["displacement/encoder"]
+    assert figures[2]["loss"] > figures[0]["loss"]
+    assert validated[2]["held_out/centered/encoder"] < validated[2]["held_out/encoder"]
+    assert "held_out/centered/encoder" not in validated[0]
+    with pytest.raises(ValueError, match="as many encoder_centered as encoders"):
+        make_config(photos, encoder, tmp_path, encoder_centered=(True, False))
+    flags = training_parser(None, GAPDiffTrainingConfig).parse_args(["--encoder_centered", "false", "true"])
+    assert flags.encoder_centered == [False, True]
 
 
 def test_encoders_save_memory_where_they_can(photos, model, tmp_path):

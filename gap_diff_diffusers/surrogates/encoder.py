@@ -169,16 +169,20 @@ def load_encoders(
     ]
 
 
-def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor, *, centered: bool = False) -> torch.Tensor:
     """How far latents moved, in units of the clean latents' variance.
 
     ||E(y) - E(x)||^2 / (var(E(x)) * size), the variance over all entries of one image's latents.
 
     Args:
         clean, moved: latents (N,C,h,w) of the clean and of the protected photos.
+        centered: leave out what all places of a photo have in common, the mean of E(y) - E(x) over h and w: a
+            denoiser learns to add a constant more easily than anything else.
 
     Returns:
         (N,), 0 for no displacement; about 2 for the latents of an unrelated picture.
     """
+    if centered:
+        moved = moved - (moved - clean).mean((2, 3), keepdim=True)
     clean, moved = clean.float().flatten(1), moved.float().flatten(1)
     return (moved - clean).square().mean(1) / clean.var(1, correction=0)

@@ -61,6 +61,8 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         encoder_crop_sizes: side in pixels of the part of each crop that an encoder sees, 0 for all of it; a costly
             encoder sees less.
         encoder_resolutions: side in pixels at which each encoder sees a photo, as `surrogate_resolutions`; () is 512.
+        encoder_centered: of which encoders only what is left of the displacement without its mean over each crop
+            counts, as of `encoder_displacement`; () is none of them.
         surrogates: folders or Hub ids of text-to-image models, for `load_surrogate`.
         surrogate_revisions: branch, tag or commit of each surrogate; none of them for the newest.
         surrogate_weights: how much each surrogate counts in L_adv.
@@ -98,6 +100,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     encoder_weights: tuple[float, ...] = ()
     encoder_crop_sizes: tuple[int, ...] = ()
     encoder_resolutions: tuple[int, ...] = ()
+    encoder_centered: tuple[bool, ...] = ()
     surrogates: tuple[str, ...] = ()
     surrogate_revisions: tuple[str, ...] = ()
     surrogate_weights: tuple[float, ...] = ()
@@ -174,6 +177,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             ("surrogate_revisions", "surrogates"),
             ("encoder_revisions", "encoders"),
             ("encoder_resolutions", "encoders"),
+            ("encoder_centered", "encoders"),
         ):
             if (count := len(getattr(self, name))) not in (0, len(getattr(self, kind))):
                 raise ValueError(f"expected as many {name} as {kind}, or none, got {count}")
@@ -360,14 +364,15 @@ class GAPDiffTrainer(TrainingLoop):
         """L_adv of photos that were moved (N,3,H,W), and figures to log."""
         config = self.config
         loss, figures = torch.zeros((), device=self.device), {}
-        resolutions = config.encoder_resolutions or (512,) * len(self.encoders)
-        for encoder, weight, size, resolution in zip(
-            self.encoders, config.encoder_weights, config.encoder_crop_sizes, resolutions
+        resolutions, centered = self._encoder_settings()
+        for encoder, weight, size, resolution, center in zip(
+            self.encoders, config.encoder_weights, config.encoder_crop_sizes, resolutions, centered
         ):
             crop = _random_crop(moved.shape[-2:], size, generator)
             with torch.no_grad():
                 latents = self._encode(encoder, clean[crop], resolution)
-            displacement = encoder_displacement(latents, self._encode(encoder, moved[crop], resolution))
+            answer = self._encode(encoder, moved[crop], resolution)
+            displacement = encoder_displacement(latents, answer, centered=center)
             loss = loss + weight * log_displacement_loss(displacement)
             figures[f"displacement/{encoder.name}"] = displacement.mean().item()
         for index, (surrogate, weight) in enumerate(zip(self.surrogates, config.surrogate_weights)):
@@ -425,13 +430,14 @@ class GAPDiffTrainer(TrainingLoop):
         publish = RealJPEG(70).eval()
         published_clean, published = publish(images), publish(protected)
         figures = {}
-        resolutions = self.config.encoder_resolutions or (512,) * len(self.encoders)
-        for encoder, side in zip(self.encoders, resolutions):
-            moved = [
-                encoder_displacement(self._encode(encoder, x[None], side), self._encode(encoder, y[None], side)).item()
+        for encoder, side, center in zip(self.encoders, *self._encoder_settings()):
+            answers = [
+                (self._encode(encoder, x[None], side), self._encode(encoder, y[None], side))
                 for x, y in zip(published_clean, published)
             ]
-            figures[f"held_out/{encoder.name}"] = sum(moved) / len(moved)
+            for kind in (False, True)[: 1 + center]:
+                moved = [encoder_displacement(x, y, centered=kind).item() for x, y in answers]
+                figures[f"held_out/{'centered/' * kind}{encoder.name}"] = sum(moved) / len(moved)
         side = min(self.config.crop_size, images.shape[-1])  # surrogates see as much as in training, from the middle
         middle = slice((images.shape[-1] - side) // 2, (images.shape[-1] + side) // 2)
         for index, surrogate in enumerate(self.surrogates):
@@ -465,6 +471,11 @@ class GAPDiffTrainer(TrainingLoop):
             **self.machine,
             "versions": provenance(),
         }
+
+    def _encoder_settings(self) -> tuple[Sequence[int], Sequence[bool]]:
+        """Resolution of each encoder, and whether its displacement is centered."""
+        count = len(self.encoders)
+        return self.config.encoder_resolutions or (512,) * count, self.config.encoder_centered or (False,) * count
 
     def _draw_factors(self, generator: torch.Generator) -> list[float]:
         weights = torch.tensor(self.config.scale_weights, dtype=torch.float32)
