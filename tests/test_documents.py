@@ -95,7 +95,7 @@ def test_the_attacks_meet_their_bars():
     clean = mean_of_six(cells, protection="none")
     assert clean >= 0.6 and mean_of_six(cells, "FDFR", protection="none") < 0.1
     assert mean_of_six(cells, protection="gap-diff", publishing=JPEG) <= clean / 3
-    assert mean_of_six(cells, protection="gap-diff", publishing=None) <= 0.4 * clean  # the aim is a quarter
+    assert mean_of_six(cells, protection="gap-diff", publishing=None) <= clean / 4
     assert all(c["peak_memory_gb"] <= 3 for c in cells)
     # Of all cells; the aim is 240 s in each.
     assert sorted(c["seconds"]["training"] + c["seconds"]["drawing"] for c in cells)[len(cells) // 2] <= 270
@@ -128,11 +128,11 @@ def test_the_records_meet_their_bars():
     displacement = record("displacement")
     ratios, names = displacement["ratios"], list(displacement["ratios"]["over random signs"])
     assert len(names) == 2
-    for name, over_random in zip(names, (2.5, 4.8), strict=True):  # the aim for the second is 5
+    for name, over_random in zip(names, (2.5, 4.7), strict=True):  # the aim for the second is 5
         assert ratios["over random signs"][name] >= over_random
         assert ratios["over PGD against that encoder"][name] > 1
         assert ratios["left without the mean of 100 others"][name] >= 0.7
-        assert ratios["left without their aligned mean"][name] >= 0.45  # the aim is 0.7
+        assert ratios["left without their aligned mean"][name] >= 0.55  # the aim is 0.7
     assert displacement["displacement"]["this checkpoint"]["psnr"] >= 32
 
     kinds = record("quality")["kinds"]
@@ -151,4 +151,4 @@ def test_the_records_meet_their_bars():
     assert all(row["psnr"] >= 32 for name in ("scale", "scale_faces") for row in record(name)["scale"])
     for row in record("scale_faces")["scale"]:
         if row["crop"] >= 400:  # a smaller one holds no detail once it is enlarged
-            assert min(row["kept"].values()) >= 0.68  # the aim is 0.7
+            assert min(row["kept"].values()) >= 0.7
