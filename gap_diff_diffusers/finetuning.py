@@ -184,7 +184,7 @@ class DreamBooth:
         latents, noise, timesteps = self.draw_batch()
         counts = [config.train_batch_size, len(latents) - config.train_batch_size][: len(self.prompts)]
         with self._learning():
-            with self._autocast():
+            with autocast(self.device, config.mixed_precision):
                 embedding = self.embedding
                 if self.learns_text:
                     embedding = self.surrogate.encode_prompt(self.draw_prompts())
@@ -279,9 +279,6 @@ class DreamBooth:
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(False)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.device, self.config.mixed_precision)
 
     @torch.no_grad()
     def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

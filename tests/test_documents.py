@@ -1,6 +1,7 @@
 """README and model card: every table is what the records in the package say, and the records meet their bars."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ JPEG = {"name": "jpeg", "quality": 70}
 def mean_of_six(cells, figure="recognised", **condition):
     chosen = [c for c in cells if all(c["cell"][key] == value for key, value in condition.items())]
     means = benchmark_report.person_means(chosen, figure)
-    assert len(means) == 6 and len(chosen) % 6 == 0  # as many seeds of everybody
+    assert len(means) == 6 and len(set(Counter(c["cell"]["person"] for c in chosen).values())) == 1  # as many seeds
     return sum(means.values()) / 6
 
 
@@ -128,7 +129,7 @@ def test_the_records_meet_their_bars():
     displacement = record("displacement")
     ratios, names = displacement["ratios"], list(displacement["ratios"]["over random signs"])
     assert len(names) == 2
-    for name, over_random in zip(names, (2.5, 4.7), strict=True):  # the aim for the second is 5
+    for name, over_random in zip(names, (2.5, 4.75), strict=True):  # the aim for the second is 5
         assert ratios["over random signs"][name] >= over_random
         assert ratios["over PGD against that encoder"][name] > 1
         assert ratios["left without the mean of 100 others"][name] >= 0.7

@@ -182,7 +182,7 @@ def encoder_displacement(clean: torch.Tensor, moved: torch.Tensor, *, centered: 
     Returns:
         (N,), 0 for no displacement; about 2 for the latents of an unrelated picture.
     """
+    clean, change = clean.float(), moved.float() - clean.float()
     if centered:
-        moved = moved - (moved - clean).mean((2, 3), keepdim=True)
-    clean, moved = clean.float().flatten(1), moved.float().flatten(1)
-    return (moved - clean).square().mean(1) / clean.var(1, correction=0)
+        change = change - change.mean((2, 3), keepdim=True)
+    return change.flatten(1).square().mean(1) / clean.flatten(1).var(1, correction=0)

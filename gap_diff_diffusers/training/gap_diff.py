@@ -431,13 +431,12 @@ class GAPDiffTrainer(TrainingLoop):
         published_clean, published = publish(images), publish(protected)
         figures = {}
         for encoder, side, center in zip(self.encoders, *self._encoder_settings()):
-            answers = [
-                (self._encode(encoder, x[None], side), self._encode(encoder, y[None], side))
-                for x, y in zip(published_clean, published)
-            ]
-            for kind in (False, True)[: 1 + center]:
-                moved = [encoder_displacement(x, y, centered=kind).item() for x, y in answers]
-                figures[f"held_out/{'centered/' * kind}{encoder.name}"] = sum(moved) / len(moved)
+            latents = torch.cat([self._encode(encoder, x[None], side) for x in published_clean])
+            answers = torch.cat([self._encode(encoder, y[None], side) for y in published])
+            figures[f"held_out/{encoder.name}"] = encoder_displacement(latents, answers).mean().item()
+            if center:
+                displacement = encoder_displacement(latents, answers, centered=True)
+                figures[f"held_out/centered/{encoder.name}"] = displacement.mean().item()
         side = min(self.config.crop_size, images.shape[-1])  # surrogates see as much as in training, from the middle
         middle = slice((images.shape[-1] - side) // 2, (images.shape[-1] + side) // 2)
         for index, surrogate in enumerate(self.surrogates):
