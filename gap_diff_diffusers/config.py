@@ -121,10 +121,11 @@ def check_choices(config: object, **choices: tuple[str, ...]) -> None:
 
 
 def check_at_least(least: float, config: object, *names: str) -> None:
-    """ValueError if one of these settings is under `least`; None passes."""
+    """ValueError if one of these settings, or one in such a list, is under `least`; None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < least:
+        values = value if isinstance(value, tuple | list) else [value]
+        if any(v is not None and v < least for v in values):
             raise ValueError(f"expected {name} of at least {least}, got {value}")
 
 

@@ -21,7 +21,7 @@ from test_surrogates import sana_like
 from gap_diff_diffusers.config import BUNDLED_FACE_MODEL, config_from_arguments, initial_weights, training_parser
 from gap_diff_diffusers.data import digest_photos
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainingConfig
-from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints
+from gap_diff_diffusers.training.loop import LoopConfig, TrainingLoop, checkpoints, save_whole
 from gap_diff_diffusers.training.surrogate import (
     AutoencoderTrainer,
     DenoiserTrainer,
@@ -379,6 +379,31 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoint-20"]
 
 
+def test_a_result_replaces_the_one_before_as_a_whole_or_not_at_all(tmp_path):
+    def save(content, name, failing=False):
+        with save_whole(tmp_path / "out") as folder:
+            (folder / "weights").mkdir()
+            (folder / "weights" / name).write_text(content)
+            (folder / "record.json").write_text(content)
+            if failing:
+                raise OSError("the disk is full")
+
+    def there():
+        return {
+            str(p.relative_to(tmp_path / "out")): p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file()
+        }
+
+    save("old", "a")
+    (tmp_path / "out" / "training_log.jsonl").write_text("log")
+    before = there()
+    with pytest.raises(OSError, match="full"):
+        save("new", "b", failing=True)
+    assert there() == before == {"weights/a": "old", "record.json": "old", "training_log.jsonl": "log"}
+    save("new", "b")
+    assert there() == {"weights/b": "new", "record.json": "new", "training_log.jsonl": "log"}
+    assert not (tmp_path / "out" / "result.part").exists()
+
+
 def test_two_processes_share_their_gradients_and_what_is_no_number(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -594,14 +619,27 @@ def test_both_stages_go_on_where_they_were_interrupted(photos, encoder, tmp_path
     whole = run("whole")
     lost = {"first": ("autoencoder/checkpoint-4", "autoencoder/vae", "checkpoint-2", "checkpoint-4")}
     lost["second"] = ("checkpoint-4",)
+    lost["named"] = ("autoencoder/checkpoint-4", "autoencoder/vae")  # the second stage's are not what is named
     for name, folders in lost.items():  # what an interruption of this stage would have left
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         for folder in folders:
             shutil.rmtree(tmp_path / name / folder)
-        resumed = run(name, "latest")
+        resumed = run(name, "checkpoint-2" if name == "named" else "latest")
+        assert resumed.step == 4
         for part in ("vae", "unet", "text_encoder"):
             ours, theirs = (getattr(trainer, part).state_dict() for trainer in (resumed, whole))
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_an_interrupted_autoencoder_goes_on_whatever_the_denoiser_is_to_be(photos, tmp_path):
+    AutoencoderTrainer(make_config(photos, tmp_path / "run")).train()
+    other = {"unet_channels": (16, 16), "prediction_type": "v_prediction", "num_validation_images": 1}
+    resumed = AutoencoderTrainer(make_config(photos, tmp_path / "run", max_train_steps=3, **other))
+    resumed.train(resume="latest")
+    assert resumed.step == 2
+    for changes in ({"vae_learning_rate": 1e-3}, {"kl_weight": 1.0}):
+        with pytest.raises(ValueError, match="is of a run with another"):
+            AutoencoderTrainer(make_config(photos, tmp_path / "run", **changes)).train(resume="latest")
 
 
 def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_path):
@@ -665,6 +703,13 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
     Image.open(photos / "2.png").save(photos / "20.png")
     with pytest.raises(ValueError, match="another minimum_side, choice of photos"):
         train_surrogate(make_config(photos, out, feature_encoders=(encoder,), minimum_side=100), resume="latest")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training_scripts" / "configs").glob("face_model*.json")), ids=str)
+def test_the_configs_that_ship_are_valid(path):
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(path.read_text()).items()}
+    settings = {"train_data_dir": ("photos",), "output_dir": "out", "feature_encoders": ("encoder",)} | settings
+    assert SurrogateTrainingConfig(**settings).feature_encoders
 
 
 @pytest.mark.parametrize(

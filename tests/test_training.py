@@ -1,6 +1,7 @@
 """Data, losses and the training loop, on tiny networks and pictures made here."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,7 @@ def diffusion_config(photos, model, output_dir, **changes):
     settings = {"encoders": (), "encoder_weights": (), "encoder_crop_sizes": (), "surrogates": (model,)}
     settings |= {"surrogate_weights": (1.0,), "surrogate_resolutions": (512,), "surrogate_learning_rates": (0.0,)}
     settings |= {"coherence_weight": 0.0, "rms_weight": 0.0, "transform": "identity", "scale_factors": ([[1, 1]],)}
+    settings |= {"surrogate_prior_weight": 0.0, "num_class_images": 2, "num_inference_steps": 2}
     return make_config(photos, None, output_dir, **settings | {"scale_weights": (1.0,)} | changes)
 
 
@@ -311,9 +313,9 @@ def test_stages_weigh_protected_and_preprocessed_photos(photos, model, tmp_path)
 
 def test_noise_timesteps_and_resolution_are_as_asked_for(photos, model, tmp_path):
     def loss(**changes):
-        return GAPDiffTrainer(diffusion_config(photos, model, tmp_path, **changes))._denoising_loss(
-            0, torch.full((2, 3, 64, 64), 0.5), seeded()
-        )
+        trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path, **changes))
+        seen = trainer._as_seen_by(0, torch.full((2, 3, 64, 64), 0.5))
+        return trainer._denoising_loss(0, seen, trainer.prompts[0], seeded())
 
     plain = loss()
     assert loss() == plain
@@ -358,6 +360,48 @@ def test_a_surrogate_learns_as_an_attacker_would(photos, model, tmp_path):
     plain, other = learned(), learned(noise="uniform", timestep_weighting="linear")
     assert other["learned/model"] > 2 * other["denoising/model"]  # of Gaussian noise again
     assert plain["learned/model"] == pytest.approx(plain["denoising/model"], rel=0.5)
+    assert "prior/model" not in plain
+
+
+def test_a_surrogate_learns_protected_and_preprocessed_photos_as_they_count(photos, model, tmp_path):
+    def learned(stage, transform):
+        changes = {"surrogate_learning_rates": (1e-3,)}
+        config = diffusion_config(photos, model, tmp_path / "run", stages=(stage,), transform=transform, **changes)
+        return GAPDiffTrainer(config).training_step(seeded())["learned/model"]
+
+    protected, blur = learned([1, 1, 0], "identity"), {"name": "gaussian_blur", "kernel_size": 21, "sigma": 8.0}
+    assert learned([1, 1, 0], blur) == pytest.approx(protected, abs=1e-6)
+    assert learned([1, 0, 1], "identity") == pytest.approx(protected, abs=1e-6)
+    assert abs(learned([1, 0, 1], blur) - protected) > 1e-5
+
+
+def test_a_surrogate_that_learns_pays_for_what_becomes_of_its_class(photos, model, tmp_path):
+    def learner(name, weight):
+        changes = {"surrogate_learning_rates": (1e-3,), "surrogate_resolutions": (64,)}
+        config = diffusion_config(photos, model, tmp_path / name, surrogate_prior_weight=weight, **changes)
+        return GAPDiffTrainer(config)
+
+    with_prior, without = learner("with", 1.0), learner("without", 0.0)
+    pictures = with_prior.class_images[0]
+    assert pictures.shape == (2, 3, 64, 64) and pictures.min() >= 0 and pictures.max() <= 1
+    assert not without.class_images
+    figures = with_prior.training_step(seeded())
+    assert figures["prior/model"] > 0
+    assert figures["learned/model"] == without.training_step(seeded())["learned/model"]
+    pairs = zip(with_prior.surrogates[0].denoiser.parameters(), without.surrogates[0].denoiser.parameters())
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+def test_in_bf16_a_surrogate_that_learns_keeps_its_weights_in_float32(photos, model, tmp_path):
+    changes = {"surrogate_learning_rates": (1e-3,), "mixed_precision": "bf16"}
+    trainer = GAPDiffTrainer(diffusion_config(photos, model, tmp_path / "run", **changes))
+    surrogate = trainer.surrogates[0]
+    assert (surrogate.denoiser.dtype, surrogate.vae.dtype) == (torch.float32, torch.bfloat16)
+    seen = []
+    surrogate.denoiser.conv_out.register_forward_hook(lambda module, _, output: seen.append(output.dtype))
+    figures = trainer.training_step(seeded())
+    assert seen and set(seen) == {torch.bfloat16}
+    assert all(math.isfinite(value) for value in figures.values())
 
 
 def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_checkpoint(photos, model, tmp_path):
@@ -383,7 +427,20 @@ def test_the_configs_that_ship_are_valid(path):
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     config = GAPDiffTrainingConfig(train_data_dir=("photos",), output_dir="out", **names | settings)
     build_transform(config.transform)
-    assert all(isinstance(name, str) for name in config.surrogates)
+
+
+def test_the_defaults_are_those_of_a_run_that_was_measured():
+    first = json.loads((ROOT / "training_scripts" / "configs" / "gap_diff_encoders_first.json").read_text())
+    names = ("rms", "rms_weight", "coherence_weight", "transform", "scale_factors", "scale_weights", "crop_size")
+    config = GAPDiffTrainingConfig(
+        train_data_dir=("photos",),
+        output_dir="out",
+        encoders=("a",),
+        encoder_weights=(1.0,),
+        encoder_crop_sizes=(0,),
+    )
+    for name in names:
+        assert json.loads(json.dumps(getattr(config, name))) == first[name]
 
 
 def test_the_papers_configs_differ_in_what_they_are_named_after():
@@ -412,10 +469,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, encoder, model, tmp_p
             return figures
 
     def run(name):
-        changes = {"surrogates": (model,), "surrogate_weights": (0.5,), "surrogate_resolutions": (512,)}
+        changes = {"surrogates": (model,), "surrogate_weights": (0.5,), "surrogate_resolutions": (64,)}
         changes |= {"surrogate_learning_rates": (1e-3,), "surrogate_learning_steps": 2, "gan_weight": 0.1}
         changes |= {"gradient_accumulation_steps": 2, "stages": ([0.5, 0, 1], [1, 0.6, 0.4])}
         changes |= {"scale_factors": ([[0.5, 1]],), "scale_weights": (1.0,), "num_validation_images": 1}
+        changes |= {"num_class_images": 2, "num_inference_steps": 2}
         return Noting(make_config(photos, encoder, tmp_path / name, **changes))
 
     whole, interrupted = run("whole"), run("parts")
@@ -474,8 +532,8 @@ def test_every_family_of_models_is_trained_against_and_learns(photos, family, tm
         ({"scale_factors": ([[1, 0.5]],), "scale_weights": (1.0,)}, r"scale_factors .* ranges \[low, high\]"),
         ({"scale_factors": ([[0, 1]],), "scale_weights": (1.0,)}, "above 0"),
         ({"scale_factors": "1"}, "scale_factors as a list"),
-        ({"scale_weights": (0.0,) * 4}, "scale_weights of at least 0, not all 0"),
-        ({"scale_weights": (1.0, 1.0, 1.0, -1.0)}, "scale_weights of at least 0"),
+        ({"scale_weights": (0.0,) * 5}, "scale_weights of at least 0, not all 0"),
+        ({"scale_weights": (1.0, 1.0, 1.0, 1.0, -1.0)}, "scale_weights of at least 0"),
         ({"crop_size": 50}, r"got \[0.3, 1.6\], which makes of a crop_size of 50 also 15 px; .* takes is 16 px"),
         ({"architecture": "paper", "channels": (4,), "layers_per_block": ()}, "the paper network .* is 512 px"),
         ({"crop_scales": (1.2, 0.8)}, "crop_scales as a range"),
@@ -486,6 +544,10 @@ def test_every_family_of_models_is_trained_against_and_learns(photos, family, tm
         ({"init_from": str(ROOT)}, "has no generator"),
         ({"crop_size": 64.5}, "crop_size of type int"),
         ({"gan_weight": -1.0}, "gan_weight of at least 0"),
+        ({"encoder_weights": (-1.0,)}, "encoder_weights of at least 0"),
+        ({"encoder_crop_sizes": (-8,)}, "encoder_crop_sizes of at least 0"),
+        ({"encoder_resolutions": (0,)}, "encoder_resolutions of at least 1"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler one of constant, .*, got 'piecewise_constant'"),
         ({"eps": 8.0}, "8 levels are written 8/255"),
         ({"rms": 0.0}, "rms above 0"),
         ({"crop_size": 24, "scale_factors": ([[1, 1]],), "scale_weights": (1.0,)}, "crop_size of at least 28, got 24"),
@@ -567,6 +629,10 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
     record = json.loads((tmp_path / "averaged" / "training_record.json").read_text())
     assert record["second"] == {"seed": 1} and record["average"]["share_of_the_second"] == 0.25
     assert record["first"] == {"seed": 0}
+    (tmp_path / "first" / "training_record.json").unlink()
+    refused = subprocess.run([*command, "--output_dir", "other"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode != 0 and "training_record.json" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "other").exists()
     refused = subprocess.run([*command, "--share", "2"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode != 0 and "from 0 to 1, got 2" in refused.stderr
 

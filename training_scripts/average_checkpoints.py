@@ -15,6 +15,7 @@ import torch
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
 from gap_diff_diffusers.config import provenance, write_json
+from gap_diff_diffusers.training.loop import save_whole
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +44,6 @@ def main(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.lerp_(others[name], 1 - arguments.share)
-    averaged.save_pretrained(arguments.output_dir)
     first, second = (
         json.loads((path / "training_record.json").read_text(encoding="utf-8"))
         for path in (arguments.first, arguments.second)
@@ -54,11 +54,13 @@ def main(arguments: argparse.Namespace) -> None:
         "first": "the second's initial_weights" if second.get("initial_weights") == first else first,
         "versions": provenance(),
     }
-    write_json(arguments.output_dir / "training_record.json", record)
+    with save_whole(arguments.output_dir) as folder:
+        averaged.save_pretrained(folder)
+        write_json(folder / "training_record.json", record)
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

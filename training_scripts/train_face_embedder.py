@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
 from gap_diff_diffusers.training.face_embedder import FaceEmbedderConfig, train_face_embedder
+from gap_diff_diffusers.training.loop import save_whole
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,8 +30,9 @@ def main(arguments: argparse.Namespace) -> None:
     config = config_from_arguments(FaceEmbedderConfig, arguments, arguments.config)
     trainer, record = train_face_embedder(config, resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
-        trainer.network.to(torch.float16).save_pretrained(config.output_dir)
-        write_json(Path(config.output_dir) / "training_record.json", record)
+        with save_whole(config.output_dir) as folder:
+            trainer.network.to(torch.float16).save_pretrained(folder)
+            write_json(folder / "training_record.json", record)
     trainer.accelerator.end_training()
 
 

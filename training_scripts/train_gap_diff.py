@@ -20,6 +20,7 @@ from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
 from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
 from gap_diff_diffusers.data import warn_without_faces
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
+from gap_diff_diffusers.training.loop import save_whole
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,9 +38,10 @@ def main(arguments: argparse.Namespace) -> None:
     figures = trainer.train(resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
-        pipeline.save_pretrained(trainer.output_dir)
         record = trainer.record(figures)
-        write_json(trainer.output_dir / "training_record.json", record)
+        with save_whole(trainer.output_dir) as folder:
+            pipeline.save_pretrained(folder)
+            write_json(folder / "training_record.json", record)
         hub.publish(arguments, trainer.output_dir, record)
     trainer.accelerator.end_training()
 

@@ -8,7 +8,7 @@ Differences from upstream (AIASLab/GAP-Diff), each with an option that brings up
 noise that surrogates are asked for is Gaussian, not uniform in [0,1); the discriminator sees protected, not
 preprocessed photos, so that it cannot judge by the preprocessing; preprocessing is by default the real JPEG codec.
 And what the paper names and the released code lacks: timesteps can be weighted, and the surrogates can learn the
-protected photos while the generator learns.
+protected photos while the generator learns (L_ft on protected photos, L_ft' on preprocessed ones, each with a prior).
 """
 
 import math
@@ -30,10 +30,11 @@ from ..config import (
     provenance,
 )
 from ..data import FaceCrops, PhotosConfig, digest_photos, load_faces, pick, readable, round_to_8_bits
+from ..finetuning import DreamBoothConfig, draw_class_images
 from ..models.gap_diff_discriminator import GAPDiffDiscriminator
 from ..models.gap_diff_generator import GAPDiffGenerator, resize
 from ..surrogates import load_surrogate
-from ..surrogates.base import DiffusionSurrogate, make_names_unique
+from ..surrogates.base import DiffusionSurrogate, PromptEmbedding, encode_latents, make_names_unique
 from ..surrogates.encoder import EncoderSurrogate, encoder_displacement, load_encoders
 from ..surrogates.files import find_file
 from ..transforms import RealJPEG, Transform, build_transform
@@ -67,8 +68,12 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
         surrogate_revisions: branch, tag or commit of each surrogate; none of them for the newest.
         surrogate_weights: how much each surrogate counts in L_adv.
         surrogate_resolutions: side in pixels at which each surrogate is personalized; 512 leaves crops as they are.
-        surrogate_learning_rates: above 0, a surrogate's denoiser learns the protected photos at this rate.
+        surrogate_learning_rates: above 0, a surrogate's denoiser learns what the generator is trained on at this rate:
+            protected and preprocessed photos, as beta and gamma weigh them.
         surrogate_learning_steps: that happens every so many steps.
+        surrogate_prior_weight: lambda of L_ft: what a surrogate that learns has to pay, too, on `num_class_images`
+            pictures of `class_prompt`, which it draws before the training; 0 for none.
+        class_prompt, num_class_images, num_inference_steps, guidance_scale: of these pictures.
         gradient_checkpointing: of the surrogates and encoders: less memory for more time.
         prompt: what the surrogates are told of every photo.
         timestep_weighting: alpha(t): "none", or "linear" from 2 without noise to 0 in pure noise. The paper's slides
@@ -107,6 +112,11 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     surrogate_resolutions: tuple[int, ...] = ()
     surrogate_learning_rates: tuple[float, ...] = ()
     surrogate_learning_steps: int = 1
+    surrogate_prior_weight: float = 1.0
+    class_prompt: str = "a photo of person"
+    num_class_images: int = 200
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
     gradient_checkpointing: bool = False
     prompt: str = "a photo of sks person"
     timestep_weighting: str = "none"
@@ -122,18 +132,24 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     output_gain: float | None = None
     keyed_grid: bool | None = None
     eps: float = 8 / 255
-    rms: float = 6.1
+    rms: float = 6.2
     rms_weight: float = 4.0
-    coherence_weight: float = 2.5
+    coherence_weight: float = 1.2
     transform: Any = field(
         default_factory=lambda: {
             "name": "random_choice",
-            "choices": [{"name": "jpeg", "quality": [55, 92], "subsampling": "4:2:0"}, "identity"],
-            "weights": [0.85, 0.15],
+            "choices": [{"name": "jpeg", "quality": [55, 88], "subsampling": "4:2:0"}, "identity"],
+            "weights": [0.9, 0.1],
         }
     )
-    scale_factors: tuple = ([[1, 1]], [[0.3, 1.6]], [[0.7, 1.4], [1.57, 3.14]], [[0.7, 1.4], [0.31, 0.62]])
-    scale_weights: tuple[float, ...] = (0.5, 0.2, 0.15, 0.15)
+    scale_factors: tuple = (
+        [[1, 1]],
+        [[0.3, 1.6]],
+        [[0.7, 1.4], [1.57, 3.14]],
+        [[0.7, 1.4], [0.31, 0.62]],
+        [[0.7, 1.4], [1.57, 3.14], [0.31, 0.62]],
+    )
+    scale_weights: tuple[float, ...] = (0.7, 0.12, 0.04, 0.1, 0.04)
     crop_size: int = 192
     crop_scales: tuple[float, ...] = (0.8, 1.2)
     num_validation_images: int = 6
@@ -160,8 +176,10 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             noise=("gaussian", "uniform"),
             discriminator_input=("protected", "preprocessed"),
         )
-        check_at_least_one(self, "surrogate_learning_steps", "downscale", "crop_size")
-        check_at_least(0, self, "gan_weight", "rms_weight", "coherence_weight")
+        check_at_least_one(self, "surrogate_learning_steps", "num_class_images", "downscale", "crop_size")
+        check_at_least_one(self, "num_inference_steps", "encoder_resolutions", "surrogate_resolutions")
+        weights = ("encoder_weights", "surrogate_weights", "surrogate_prior_weight", "gan_weight", "rms_weight")
+        check_at_least(0, self, *weights, "coherence_weight", "encoder_crop_sizes", "surrogate_learning_rates")
         check_whole_levels(self.eps)
         if self.rms <= 0:
             raise ValueError(f"expected an rms above 0, got {self.rms}")
@@ -269,11 +287,22 @@ class GAPDiffTrainer(TrainingLoop):
                 networks[f"denoiser {index}"] = surrogate.denoiser
                 learning_rates[f"denoiser {index}"] = rate
         super().__init__(config, networks, learning_rates)
-        for surrogate in self.surrogates:
-            surrogate.to(self.accelerator.device).freeze()
-        with torch.no_grad():
-            self.prompts = [surrogate.encode_prompt(config.prompt) for surrogate in self.surrogates]
         self.device = self.accelerator.device
+        self.prompts: list[PromptEmbedding] = []
+        self.class_prompts: dict[int, PromptEmbedding] = {}
+        self.class_images: dict[int, torch.Tensor] = {}
+        # Autoencoders of Stable Diffusion overflow in float16.
+        self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
+        for index, surrogate in enumerate(self.surrogates):
+            surrogate.to(self.device).freeze()
+            with torch.no_grad():
+                self.prompts.append(surrogate.encode_prompt(config.prompt))
+                if f"denoiser {index}" in networks and config.surrogate_prior_weight:
+                    self.class_prompts[index] = surrogate.encode_prompt(config.class_prompt)
+                    self.class_images[index] = self._draw_class_images(index)
+            if surrogate.vae.dtype != self.encoder_dtype:  # as of one that learns
+                surrogate.vae.to(self.encoder_dtype)
+            surrogate.text_encoders.cpu()  # they have said what they are asked
         self.train_photos, held_out = config.split_photos()
         self.data_digest = digest_photos([*self.train_photos, *held_out])
         self.crops = FaceCrops(
@@ -286,8 +315,6 @@ class GAPDiffTrainer(TrainingLoop):
         self.unreadable = len(held_out) - len(self.held_out)
         shown = pick(self.held_out, max(1, config.num_validation_images))
         self.validation_faces = load_faces(shown, 512).to(self.device)
-        # Autoencoders of Stable Diffusion overflow in float16.
-        self.encoder_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.encoders = [
             encoder.to(self.device, self.encoder_dtype)
             for encoder in load_encoders(
@@ -349,8 +376,9 @@ class GAPDiffTrainer(TrainingLoop):
             loss = loss + config.gan_weight * looks
 
         norm = self.update("generator", loss)
-        if self.step % config.surrogate_learning_steps == 0:
-            figures |= self._let_surrogates_learn(published.detach(), generator)
+        if beta + gamma and self.step % config.surrogate_learning_steps == 0:
+            moved = [(weight, photos.detach()) for weight, photos in ((beta, protected), (gamma, published)) if weight]
+            figures |= self._let_surrogates_learn(moved, generator)
         return figures | {"loss": loss.item(), "gradient_norm": norm}
 
     def _stage(self) -> tuple[float, float]:
@@ -368,7 +396,7 @@ class GAPDiffTrainer(TrainingLoop):
         for encoder, weight, size, resolution, center in zip(
             self.encoders, config.encoder_weights, config.encoder_crop_sizes, resolutions, centered
         ):
-            crop = _random_crop(moved.shape[-2:], size, generator)
+            crop = _random_crop(moved.shape[-2:], (size, size), generator) if size else (Ellipsis,)
             with torch.no_grad():
                 latents = self._encode(encoder, clean[crop], resolution)
             answer = self._encode(encoder, moved[crop], resolution)
@@ -376,43 +404,80 @@ class GAPDiffTrainer(TrainingLoop):
             loss = loss + weight * log_displacement_loss(displacement)
             figures[f"displacement/{encoder.name}"] = displacement.mean().item()
         for index, (surrogate, weight) in enumerate(zip(self.surrogates, config.surrogate_weights)):
-            denoising = self._denoising_loss(index, moved, generator)
+            denoising = self._denoising_loss(index, self._as_seen_by(index, moved), self.prompts[index], generator)
             loss = loss - weight * denoising
             figures[f"denoising/{surrogate.name}"] = denoising.item()
         return loss, figures
 
     def _denoising_loss(
-        self, index: int, images: torch.Tensor, generator: torch.Generator, *, as_attacker: bool = False
+        self,
+        index: int,
+        images: torch.Tensor,
+        prompt: PromptEmbedding,
+        generator: torch.Generator,
+        *,
+        as_attacker: bool = False,
     ) -> torch.Tensor:
-        """What a surrogate loses on photos at its resolution: weighted by alpha(t), of the noise that is asked for.
+        """What a surrogate loses on photos as it sees them: weighted by alpha(t), of the noise that is asked for.
 
         Or, `as_attacker`, what someone who personalizes it minimizes: neither weighted nor of other noise.
         """
         config, surrogate = self.config, self.surrogates[index]
-        images = _at_resolution(images, config.surrogate_resolutions[index], surrogate.size_multiple)
         # Drawn on the CPU, so that a run does not depend on the device.
         timesteps = surrogate.draw_timesteps(len(images), generator).to(self.device)
         draw = torch.rand if config.noise == "uniform" and not as_attacker else torch.randn
         noise = draw(surrogate.latent_shape(images), generator=generator).to(self.device)
         posterior = torch.Generator(self.device).manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
-        losses = surrogate.denoising_loss(
-            images, self.prompts[index], timesteps=timesteps, noise=noise, generator=posterior
-        )
+        latents = encode_latents(surrogate.vae, images, sample=True, generator=posterior)
+        with self.autocast():
+            losses = surrogate.latent_denoising_loss(latents, prompt, timesteps=timesteps, noise=noise)
         if config.timestep_weighting == "linear" and not as_attacker:
             losses = losses * 2 * (1 - timesteps / surrogate.num_train_timesteps)
         return losses.mean()
 
-    def _let_surrogates_learn(self, images: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-        """One step of every surrogate that may learn, as someone who personalizes it takes them on these photos."""
-        figures = {}
+    def _as_seen_by(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        """Crops of photos of 512 px at the resolution of this surrogate."""
+        resolution, multiple = self.config.surrogate_resolutions[index], self.surrogates[index].size_multiple
+        return _at_resolution(images, resolution, multiple)
+
+    def _draw_class_images(self, index: int) -> torch.Tensor:
+        """Pictures of the class (M,3,S,S) in [0,1] by a surrogate that has learned nothing, at its resolution."""
+        config, multiple = self.config, self.surrogates[index].size_multiple
+        settings = DreamBoothConfig(
+            class_prompt=config.class_prompt,
+            num_class_images=config.num_class_images,
+            resolution=max(1, round(config.surrogate_resolutions[index] / multiple)) * multiple,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        return draw_class_images(self.surrogates[index], settings)
+
+    def _let_surrogates_learn(
+        self, weighted: Sequence[tuple[float, torch.Tensor]], generator: torch.Generator
+    ) -> dict[str, float]:
+        """One step of every surrogate that may learn, as someone who personalizes it takes them: on these photos
+        (N,3,H,W), each with its share of their weights, and on pictures of the class, as many and as large.
+        """
+        figures, total = {}, sum(weight for weight, _ in weighted)
         for index, surrogate in enumerate(self.surrogates):
             name = f"denoiser {index}"
             if name in self.networks:
                 surrogate.denoiser.requires_grad_(True)
-                loss = self._denoising_loss(index, images, generator, as_attacker=True)
+                loss = torch.zeros((), device=self.device)
+                for weight, images in weighted:
+                    seen = self._as_seen_by(index, images)
+                    learned = self._denoising_loss(index, seen, self.prompts[index], generator, as_attacker=True)
+                    loss = loss + weight / total * learned
+                figures[f"learned/{surrogate.name}"] = loss.item()
+                if index in self.class_images:
+                    chosen = torch.randint(len(self.class_images[index]), (len(seen),), generator=generator)
+                    crop = _random_crop(self.class_images[index].shape[-2:], seen.shape[-2:], generator)
+                    images, prompt = self.class_images[index][chosen][crop].to(seen), self.class_prompts[index]
+                    prior = self._denoising_loss(index, images, prompt, generator, as_attacker=True)
+                    loss = loss + self.config.surrogate_prior_weight * prior
+                    figures[f"prior/{surrogate.name}"] = prior.item()
                 self.update(name, loss)
                 surrogate.denoiser.requires_grad_(False)
-                figures[f"learned/{surrogate.name}"] = loss.item()
         return figures
 
     @torch.no_grad()
@@ -442,8 +507,8 @@ class GAPDiffTrainer(TrainingLoop):
         for index, surrogate in enumerate(self.surrogates):
             for name, photos in (("", published), (" clean", published_clean)):
                 generator = torch.Generator().manual_seed(0)
-                crops = photos[..., middle, middle]
-                losses = [self._denoising_loss(index, crop[None], generator).item() for crop in crops]
+                crops, prompt = self._as_seen_by(index, photos[..., middle, middle]), self.prompts[index]
+                losses = [self._denoising_loss(index, crop[None], prompt, generator).item() for crop in crops]
                 figures[f"held_out/denoising/{surrogate.name}{name}"] = sum(losses) / len(losses)
         figures["held_out/rms"] = (protected - images).square().mean().sqrt().item() * 255
         count = len(images)
@@ -520,12 +585,10 @@ def _at_resolution(images: torch.Tensor, resolution: int, multiple: int) -> torc
     return resize(images, (size[0], size[1]))
 
 
-def _random_crop(size: Sequence[int], side: int, generator: torch.Generator) -> tuple:
-    """An index that cuts side x side out of (N,3,H,W), on a grid of 8 pixels; everything if side is 0."""
-    if side == 0:
-        return (Ellipsis,)
+def _random_crop(size: Sequence[int], sides: Sequence[int], generator: torch.Generator) -> tuple:
+    """An index that cuts these sides out of (N,3,H,W), on a grid of 8 pixels; sides that are longer stay whole."""
     slices = []
-    for length in size:
+    for length, side in zip(size, sides, strict=True):
         steps = max(0, length - side) // 8
         start = 8 * int(torch.randint(0, steps + 1, (), generator=generator))
         slices.append(slice(start, start + side))

@@ -21,6 +21,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -31,6 +32,8 @@ from ..images import write_atomically
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "training_log.jsonl"
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+"""Those of diffusers that need no settings besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class LoopConfig:
         train_batch_size: photos per process that a gradient is taken of.
         gradient_accumulation_steps: a step's gradient is the mean of so many.
         learning_rate: of Adam with decoupled weight decay, at its peak.
-        lr_scheduler: a name that `diffusers.optimization.get_scheduler` knows.
+        lr_scheduler: one of `LR_SCHEDULERS`, for `diffusers.optimization.get_scheduler`.
         lr_warmup_steps: linear from 0.
         adam_beta1, adam_beta2: of Adam's averages.
         adam_weight_decay: of all parameters.
@@ -83,7 +86,7 @@ class LoopConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_choices(self, mixed_precision=("no", "bf16", "fp16"))
+        check_choices(self, mixed_precision=("no", "bf16", "fp16"), lr_scheduler=LR_SCHEDULERS)
         counts = (
             "train_batch_size",
             "gradient_accumulation_steps",
@@ -162,6 +165,9 @@ class TrainingLoop(ABC):
         self.data_digest = ""  # of what it learns, if a subclass says it: a resumed run has to have the same
         self.accumulated = 0
         self.mean_losses: dict[str, torch.Tensor] = {}  # of the step's parts, as far as they went
+
+    free_settings: tuple[str, ...] = ()
+    """That may differ when a run is resumed, for nothing in it depends on them, besides those that always may."""
 
     @property
     def machine(self) -> dict[str, int | str]:
@@ -376,6 +382,8 @@ class TrainingLoop(ABC):
             cause = error.__context__ if isinstance(error, RuntimeError) else error
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(folder)) from error
+            if isinstance(error, SafetensorError):  # which is what a full disk is to it
+                raise OSError(f"{folder}: {error}") from error
             raise
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -394,6 +402,9 @@ class TrainingLoop(ABC):
             "validation_steps",
             "stop_after_steps",
             "data_description",
+            "gradient_checkpointing",
+            "num_validation_images",
+            *self.free_settings,
         )
         changed = [key for key in sorted(settings.keys() & saved) if settings[key] != saved[key] and key not in free]
         if changed:
@@ -420,6 +431,29 @@ class TrainingLoop(ABC):
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         logger.info("resumed from %s", folder.name)
+
+
+@contextmanager
+def save_whole(output_dir: str | Path) -> Iterator[Path]:
+    """A folder to write a result into, which then replaces what has its names in `output_dir`: all of it or nothing.
+
+    Checkpoints, log and pictures stay.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "result.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for part in sorted(temporary.iterdir()):
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        part.replace(folder / part.name)
+    temporary.rmdir()
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """What the generator is trained for: move the latents, within the budget, and differently for every photo."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -50,7 +52,7 @@ def coherence_loss(perturbation: torch.Tensor, *, window: int, offset: tuple[int
     off_diagonal = same_place.sum() - same_place.diagonal(dim1=1, dim2=2).sum()
     same_place = off_diagonal / (windows.shape[1] * count * (count - 1))
     windows = windows.flatten(0, 1)
-    windows = windows[:: max(1, len(windows) // samples)]
+    windows = windows[:: math.ceil(len(windows) / samples)]
     anywhere = (windows @ windows.T).square()
     anywhere = (anywhere.sum() - anywhere.diagonal().sum()) / (len(windows) * (len(windows) - 1))
     return (same_place + anywhere) / 2

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ AUTOENCODER_SETTINGS = (
     "mixed_precision",
     "seed",
 )
-"""What the first stage depends on alone: a finished one is not used again with others."""
+"""What the first stage depends on alone: with others a finished one is not used again, nor an interrupted resumed."""
+RECORD_NAME = "training_record.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,8 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
     """Everything that the face model depends on, besides the versions: this and what `PhotosConfig`
     and `LoopConfig` have.
 
-    The settings of `LoopConfig` are the denoiser's; the autoencoder has those that begin with `vae_` instead.
+    The settings of `LoopConfig` are both stages', but for steps, batch and learning rate, which are the denoiser's:
+    the autoencoder has those that begin with `vae_`.
 
     Attributes:
         resolution: side in pixels of the pictures that the model makes; a multiple of 8.
@@ -251,6 +253,11 @@ class SurrogateTrainingConfig(PhotosConfig, LoopConfig):
 
 class AutoencoderTrainer(TrainingLoop):
     """First stage: `vae` learns to reconstruct faces from few, detailed latents."""
+
+    @property
+    def free_settings(self) -> tuple[str, ...]:
+        own = {*AUTOENCODER_SETTINGS, "max_train_steps", "train_batch_size", "learning_rate"}  # the vae's, here
+        return tuple(field.name for field in fields(self.config) if field.name not in own)
 
     def __init__(self, config: SurrogateTrainingConfig):
         with torch.random.fork_rng(devices=[]):
@@ -506,7 +513,7 @@ def train_surrogate(
     named = resume not in (None, "latest")
     folder = Path(config.output_dir) / "autoencoder" / "vae"
     data_digest = digest_photos(config.load_photos()[0])
-    record_path = folder / "training_record.json"  # written last: it says that the folder is whole
+    record_path = folder / RECORD_NAME  # written last: it says that the folder is whole
     if record_path.is_file():
         if not resume:
             raise ValueError(
@@ -529,23 +536,8 @@ def train_surrogate(
                 "autoencoder that they are of; choose another folder"
             )
         _check_denoiser(config)
-        stage = AutoencoderTrainer(config)
-        figures = stage.train(resume=resume)
-        named = False  # that was a checkpoint of this stage
-        vae = stage.vae
-        vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
-        first = {
-            "initial_weights": initial_weights(config.vae_init_from),
-            "config": _settings(config, *AUTOENCODER_SETTINGS),
-            "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
-            "data_digest": data_digest,
-            "figures": figures,
-            **stage.machine,
-        }
-        if stage.accelerator.is_main_process:
-            vae.save_pretrained(folder)
-            write_json(record_path, first)
-        stage.accelerator.wait_for_everyone()
+        vae, first = _train_autoencoder(config, resume, folder, data_digest)
+        named, resume = False, resume and "latest"  # a name was of a checkpoint of that stage
     denoiser = DenoiserTrainer(config, vae)
     figures = first["figures"] | denoiser.train(resume=resume if named or checkpoints(denoiser.output_dir) else None)
     record = {
@@ -562,6 +554,29 @@ def train_surrogate(
         "versions": provenance(),
     }
     return denoiser, record
+
+
+def _train_autoencoder(
+    config: SurrogateTrainingConfig, resume: str | None, folder: Path, data_digest: str
+) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """The first stage, saved in this folder, and its record; its photos and optimizer are gone when it returns."""
+    stage = AutoencoderTrainer(config)
+    figures = stage.train(resume=resume)
+    vae = stage.vae
+    vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, stage.held_out, stage.device))
+    record = {
+        "initial_weights": initial_weights(config.vae_init_from),
+        "config": _settings(config, *AUTOENCODER_SETTINGS),
+        "photos": stage.crops.split_record(len(stage.held_out_photos), stage.unreadable),
+        "data_digest": data_digest,
+        "figures": figures,
+        **stage.machine,
+    }
+    if stage.accelerator.is_main_process:
+        vae.save_pretrained(folder)
+        write_json(folder / RECORD_NAME, record)
+    stage.accelerator.wait_for_everyone()
+    return vae, record
 
 
 def build_denoiser(config: SurrogateTrainingConfig, captions: Sequence[str]) -> tuple[CLIPTokenizer, nn.ModuleDict]:
