@@ -705,11 +705,20 @@ def test_the_script_writes_a_stock_pipeline_and_can_resume(photos, encoder, tmp_
         train_surrogate(make_config(photos, out, feature_encoders=(encoder,), minimum_side=100), resume="latest")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training_scripts" / "configs").glob("face_model*.json")), ids=str)
-def test_the_configs_that_ship_are_valid(path):
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(path.read_text()).items()}
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("face_model", BUNDLED_FACE_MODEL / "training_record.json"),
+        ("face_model_second", ROOT / "gap_diff_diffusers" / "docs" / "face-model-second" / "training_record.json"),
+    ],
+)
+def test_the_configs_that_ship_make_the_models_that_are_recorded(name, record):
+    settings = json.loads((ROOT / "training_scripts" / "configs" / f"{name}.json").read_text())
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     settings = {"train_data_dir": ("photos",), "output_dir": "out", "feature_encoders": ("encoder",)} | settings
-    assert SurrogateTrainingConfig(**settings).feature_encoders
+    _, network = build_denoiser(SurrogateTrainingConfig(**settings), [])
+    count = sum(parameter.numel() for parameter in network["unet"].parameters())
+    assert count == json.loads(record.read_text())["parameters"]["unet"]
 
 
 @pytest.mark.parametrize(

@@ -426,7 +426,8 @@ def test_the_configs_that_ship_are_valid(path):
     names = {"encoders": ("a", "b", "c")[: len(settings["encoder_weights"])]} if "encoder_weights" in settings else {}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     config = GAPDiffTrainingConfig(train_data_dir=("photos",), output_dir="out", **names | settings)
-    build_transform(config.transform)
+    assert build_transform(config.transform).train().differentiable
+    assert all(isinstance(name, str) for name in config.surrogates)
 
 
 def test_the_defaults_are_those_of_a_run_that_was_measured():

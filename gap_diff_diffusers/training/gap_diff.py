@@ -113,10 +113,10 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
     surrogate_learning_rates: tuple[float, ...] = ()
     surrogate_learning_steps: int = 1
     surrogate_prior_weight: float = 1.0
-    class_prompt: str = "a photo of person"
-    num_class_images: int = 200
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    class_prompt: str = DreamBoothConfig.class_prompt
+    num_class_images: int = DreamBoothConfig.num_class_images
+    num_inference_steps: int = DreamBoothConfig.num_inference_steps
+    guidance_scale: float = DreamBoothConfig.guidance_scale
     gradient_checkpointing: bool = False
     prompt: str = "a photo of sks person"
     timestep_weighting: str = "none"
@@ -429,7 +429,7 @@ class GAPDiffTrainer(TrainingLoop):
         noise = draw(surrogate.latent_shape(images), generator=generator).to(self.device)
         posterior = torch.Generator(self.device).manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
         latents = encode_latents(surrogate.vae, images, sample=True, generator=posterior)
-        with self.autocast():
+        with self.autocast():  # without the autoencoder, which has the type that it can compute in
             losses = surrogate.latent_denoising_loss(latents, prompt, timesteps=timesteps, noise=noise)
         if config.timestep_weighting == "linear" and not as_attacker:
             losses = losses * 2 * (1 - timesteps / surrogate.num_train_timesteps)

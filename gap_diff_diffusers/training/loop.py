@@ -435,9 +435,9 @@ class TrainingLoop(ABC):
 
 @contextmanager
 def save_whole(output_dir: str | Path) -> Iterator[Path]:
-    """A folder to write a result into, which then replaces what has its names in `output_dir`: all of it or nothing.
+    """A folder to write a result into; once all is written, it replaces what has its names in `output_dir`.
 
-    Checkpoints, log and pictures stay.
+    If writing fails, nothing is replaced. Checkpoints, log and pictures stay.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,6 @@ AUTOENCODER_SETTINGS = (
     "seed",
 )
 """What the first stage depends on alone: with others a finished one is not used again, nor an interrupted resumed."""
-RECORD_NAME = "training_record.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,7 +512,7 @@ def train_surrogate(
     named = resume not in (None, "latest")
     folder = Path(config.output_dir) / "autoencoder" / "vae"
     data_digest = digest_photos(config.load_photos()[0])
-    record_path = folder / RECORD_NAME  # written last: it says that the folder is whole
+    record_path = folder / "training_record.json"  # written last: it says that the folder is whole
     if record_path.is_file():
         if not resume:
             raise ValueError(
@@ -536,7 +535,7 @@ def train_surrogate(
                 "autoencoder that they are of; choose another folder"
             )
         _check_denoiser(config)
-        vae, first = _train_autoencoder(config, resume, folder, data_digest)
+        vae, first = _train_autoencoder(config, resume, record_path, data_digest)
         named, resume = False, resume and "latest"  # a name was of a checkpoint of that stage
     denoiser = DenoiserTrainer(config, vae)
     figures = first["figures"] | denoiser.train(resume=resume if named or checkpoints(denoiser.output_dir) else None)
@@ -557,9 +556,9 @@ def train_surrogate(
 
 
 def _train_autoencoder(
-    config: SurrogateTrainingConfig, resume: str | None, folder: Path, data_digest: str
+    config: SurrogateTrainingConfig, resume: str | None, record_path: Path, data_digest: str
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """The first stage, saved in this folder, and its record; its photos and optimizer are gone when it returns."""
+    """The first stage, saved beside its record; its photos and optimizer are gone when it returns."""
     stage = AutoencoderTrainer(config)
     figures = stage.train(resume=resume)
     vae = stage.vae
@@ -573,8 +572,8 @@ def _train_autoencoder(
         **stage.machine,
     }
     if stage.accelerator.is_main_process:
-        vae.save_pretrained(folder)
-        write_json(folder / RECORD_NAME, record)
+        vae.save_pretrained(record_path.parent)
+        write_json(record_path, record)
     stage.accelerator.wait_for_everyone()
     return vae, record
 
