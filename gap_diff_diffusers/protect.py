@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .budget import budget_levels, largest_change
-from .config import check_outside, choose_device, finite, provenance, write_json
+from .config import BUNDLED_CHECKPOINT, check_outside, choose_device, finite, provenance, write_json
 from .images import (
     JPEG_QUALITY,
     PHOTO_SUFFIXES,
@@ -458,7 +458,7 @@ def _check_done(file: PhotoFile, settings: Settings, levels: int | None, bundled
 
 def _checkpoint_levels(checkpoint: str | None) -> int | None:
     """The default budget of a checkpoint that is a folder, or of the bundled one; None if it is not known yet."""
-    folder = Path(__file__).parent / "checkpoints" / "gap-diff" if checkpoint is None else Path(checkpoint)
+    folder = BUNDLED_CHECKPOINT if checkpoint is None else Path(checkpoint)
     try:
         return budget_levels(json.loads((folder / "model_index.json").read_bytes())["noise_budget"])
     except (OSError, ValueError, TypeError, LookupError):

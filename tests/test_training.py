@@ -16,7 +16,7 @@ from test_surrogates import sana_like
 from test_surrogates_diffusion import FAMILIES
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
-from gap_diff_diffusers.config import training_parser
+from gap_diff_diffusers.config import BUNDLED_CHECKPOINT, training_parser
 from gap_diff_diffusers.data import FaceCrops, face_square, list_photos, readable, split_held_out, split_usable
 from gap_diff_diffusers.images import Photo
 from gap_diff_diffusers.models.gap_diff_generator import resize
@@ -423,7 +423,7 @@ def test_a_surrogate_that_may_learn_learns_the_protected_photos_and_survives_a_c
 @pytest.mark.parametrize("path", sorted((ROOT / "training_scripts" / "configs").glob("gap_diff*.json")), ids=str)
 def test_the_configs_that_ship_are_valid(path):
     settings = json.loads(path.read_text())
-    names = {"encoders": ("a", "b", "c")[: len(settings["encoder_weights"])]} if "encoder_weights" in settings else {}
+    names = {"encoders": tuple("abcde")[: len(settings["encoder_weights"])]} if "encoder_weights" in settings else {}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     config = GAPDiffTrainingConfig(train_data_dir=("photos",), output_dir="out", **names | settings)
     assert build_transform(config.transform).train().differentiable
@@ -630,6 +630,12 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
     record = json.loads((tmp_path / "averaged" / "training_record.json").read_text())
     assert record["second"] == {"seed": 1} and record["average"]["share_of_the_second"] == 0.25
     assert record["first"] == {"seed": 0}
+    trained_on = {"seed": 1, "initial_weights": {"average": {}, "second": {"seed": 2, "initial_weights": {"seed": 0}}}}
+    (tmp_path / "second" / "training_record.json").write_text(json.dumps(trained_on))
+    done = subprocess.run([*command, "--output_dir", "again"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "again" / "training_record.json").read_text())
+    assert record["first"] == "the second's initial_weights, its second, its initial_weights"
     (tmp_path / "first" / "training_record.json").unlink()
     refused = subprocess.run([*command, "--output_dir", "other"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode != 0 and "training_record.json" in refused.stderr and "Traceback" not in refused.stderr
@@ -647,6 +653,16 @@ def test_weights_without_a_keyed_grid_can_get_one(photos, encoder, tmp_path):
     for name, value in first.generator.state_dict().items():
         assert torch.equal(trainer.generator.state_dict()[name], value)
     assert trainer.record({})["config"]["keyed_grid"] is True
+
+
+def test_the_weights_that_ship_can_be_trained_on_by_name(photos, encoder, tmp_path):
+    trainer = GAPDiffTrainer(make_config(photos, encoder, tmp_path / "more", init_from="bundled"))
+    shipped = GAPDiffProtectionPipeline.from_bundled()
+    for name, value in shipped.generator.state_dict().items():
+        assert torch.equal(trainer.generator.state_dict()[name], value)
+    record = trainer.record({})
+    assert record["config"]["init_from"] == "bundled"
+    assert record["initial_weights"] == json.loads((BUNDLED_CHECKPOINT / "training_record.json").read_text())
 
 
 def test_weights_keep_their_gain_and_grid_where_nothing_else_is_asked_for(photos, encoder, tmp_path):

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,12 +52,23 @@ def main(arguments: argparse.Namespace) -> None:
     record = {
         "average": {"share_of_the_second": arguments.share, "output_gain": generator.config.output_gain},
         "second": second,
-        "first": "the second's initial_weights" if second.get("initial_weights") == first else first,
+        "first": f"the second's {', its '.join(keys)}" if (keys := find_record(second, first)) else first,
         "versions": provenance(),
     }
     with save_whole(arguments.output_dir) as folder:
         averaged.save_pretrained(folder)
         write_json(folder / "training_record.json", record)
+
+
+def find_record(record: dict[str, Any], wanted: dict[str, Any]) -> list[str] | None:
+    """By which keys one comes from a training's record to the same record of an earlier one; None if it has none."""
+    if record == wanted:
+        return []
+    for key in ("initial_weights", "first", "second"):
+        earlier = record.get(key)
+        if isinstance(earlier, dict) and (keys := find_record(earlier, wanted)) is not None:
+            return [key, *keys]
+    return None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from torch import nn
 
 from ..budget import check_whole_levels
 from ..config import (
+    BUNDLED,
+    BUNDLED_CHECKPOINT,
     check_at_least,
     check_at_least_one,
     check_choices,
@@ -83,7 +85,7 @@ class GAPDiffTrainingConfig(PhotosConfig, LoopConfig):
             [1, 0.6, 0.4]].
         gan_weight: alpha; above 0 a discriminator learns, too.
         discriminator_input: "protected", or upstream's "preprocessed".
-        init_from: folder of a pipeline to start from, or None for random weights.
+        init_from: folder of a pipeline to start from, "bundled" for the one that ships, or None for random weights.
         architecture, channels, layers_per_block, downscale: of `GAPDiffGenerator`, if there is no `init_from`.
         output_gain: of `GAPDiffGenerator`; None for that of `init_from`, or 1.
         keyed_grid: of `GAPDiffGenerator`; None for that of `init_from`, or no keyed grid.
@@ -241,13 +243,14 @@ class GAPDiffTrainer(TrainingLoop):
 
     def __init__(self, config: GAPDiffTrainingConfig):
         own = {name: value for name in ("output_gain", "keyed_grid") if (value := getattr(config, name)) is not None}
-        if config.init_from:
-            if not find_file(config.init_from, "generator/config.json", None, None, None):
+        self.init_from = str(BUNDLED_CHECKPOINT) if config.init_from == BUNDLED else config.init_from
+        if self.init_from:
+            if not find_file(self.init_from, "generator/config.json", None, None, None):
                 raise ValueError(
                     f"expected a protection pipeline as init_from, got {config.init_from}, which has no generator; "
                     "leave it out to begin with random weights"
                 )
-            generator = GAPDiffGenerator.from_pretrained(config.init_from, subfolder="generator", **own)
+            generator = GAPDiffGenerator.from_pretrained(self.init_from, subfolder="generator", **own)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
@@ -526,7 +529,7 @@ class GAPDiffTrainer(TrainingLoop):
             for key in ("architecture", "channels", "layers_per_block", "downscale", "output_gain", "keyed_grid")
         }
         return {
-            "initial_weights": initial_weights(self.config.init_from),
+            "initial_weights": initial_weights(self.init_from),
             "config": config,
             "photos": self.crops.split_record(len(self.held_out), self.unreadable),
             "encoders": [encoder.name for encoder in self.encoders],
