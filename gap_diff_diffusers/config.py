@@ -16,7 +16,10 @@ from typing import Any
 from . import __version__
 
 BUNDLED = "bundled"
-"""The name of the small face model that ships with the package, wherever a model is asked for."""
+"""The name of the small face model that ships with the package, wherever a diffusion model or an encoder is asked for.
+
+Where the generator itself is, as `init_from` of its training, it names `BUNDLED_CHECKPOINT`.
+"""
 BUNDLED_FACE_MODEL = Path(__file__).parent / "checkpoints" / "face-model"
 """Where it is: a `StableDiffusionPipeline` whose autoencoder can be misled as those of real models."""
 BUNDLED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "gap-diff"

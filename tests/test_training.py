@@ -635,7 +635,7 @@ def test_average_checkpoints_mixes_the_weights_and_records_both(make_pipeline, t
     done = subprocess.run([*command, "--output_dir", "again"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "again" / "training_record.json").read_text())
-    assert record["first"] == "the second's initial_weights, its second, its initial_weights"
+    assert record["first"] == "the second, its initial_weights, its second, its initial_weights"
     (tmp_path / "first" / "training_record.json").unlink()
     refused = subprocess.run([*command, "--output_dir", "other"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode != 0 and "training_record.json" in refused.stderr and "Traceback" not in refused.stderr

@@ -1,4 +1,4 @@
-"""Average the weights of two trained pipelines, the second trained on from the first, and record it.
+"""Average the weights of two trained pipelines that have a run in common, and record it.
 
     python training_scripts/average_checkpoints.py first second --share 0.45 --output_gain 1.08 --output_dir averaged
 
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     record = {
         "average": {"share_of_the_second": arguments.share, "output_gain": generator.config.output_gain},
         "second": second,
-        "first": f"the second's {', its '.join(keys)}" if (keys := find_record(second, first)) else first,
+        "first": first if (keys := find_record(second, first)) is None else ", its ".join(["the second", *keys]),
         "versions": provenance(),
     }
     with save_whole(arguments.output_dir) as folder:
