@@ -98,6 +98,17 @@ def mean_of_six(cells, figure="recognised", **condition):
     return sum(means.values()) / 6
 
 
+def test_protection_is_more_than_what_jpeg_alone_does():
+    alone = mean_of_six(benchmark_report.load_cells(CELLS.with_name("face-model-clean-jpeg")), publishing=JPEG)
+    cells = benchmark_report.load_cells(CELLS)
+    clean = mean_of_six(cells, protection="none", seed=0)
+    protected = mean_of_six(cells, protection="gap-diff", publishing=JPEG, seed=0)
+    assert protected <= 0.5 * alone
+    shares = f"{100 * alone:.0f} % are recognised, of clean ones as they are {100 * clean:.0f} %, of protected ones"
+    for document in ("README.md", "model_card.md"):
+        assert f"{shares} after JPEG {100 * protected:.0f} %" in " ".join((ROOT / document).read_text().split())
+
+
 def test_the_attacks_meet_their_bars():
     cells = benchmark_report.load_cells(CELLS)
     clean = mean_of_six(cells, protection="none")
