@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gap_diff_diffusers import GAPDiffGenerator, GAPDiffProtectionPipeline
-from gap_diff_diffusers.config import provenance, write_json
-from gap_diff_diffusers.training.loop import save_whole
+from gap_diff_diffusers.config import provenance
+from gap_diff_diffusers.training.loop import save_result
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,9 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
         "first": first if (keys := find_record(second, first)) is None else ", its ".join(["the second", *keys]),
         "versions": provenance(),
     }
-    with save_whole(arguments.output_dir) as folder:
-        averaged.save_pretrained(folder)
-        write_json(folder / "training_record.json", record)
+    save_result(averaged, record, arguments.output_dir)
 
 
 def find_record(record: dict[str, Any], wanted: dict[str, Any]) -> list[str] | None:
@@ -74,5 +73,5 @@ def find_record(record: dict[str, Any], wanted: dict[str, Any]) -> list[str] | N
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
+from gap_diff_diffusers.config import config_from_arguments, training_parser
 from gap_diff_diffusers.training.face_embedder import FaceEmbedderConfig, train_face_embedder
-from gap_diff_diffusers.training.loop import save_whole
+from gap_diff_diffusers.training.loop import save_result
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,9 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = config_from_arguments(FaceEmbedderConfig, arguments, arguments.config)
     trainer, record = train_face_embedder(config, resume=arguments.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
-        with save_whole(config.output_dir) as folder:
-            trainer.network.to(torch.float16).save_pretrained(folder)
-            write_json(folder / "training_record.json", record)
+        save_result(trainer.network.to(torch.float16), record, config.output_dir)
     trainer.accelerator.end_training()
 
 

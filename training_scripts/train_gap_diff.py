@@ -17,10 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gap_diff_diffusers import GAPDiffProtectionPipeline, hub
-from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
+from gap_diff_diffusers.config import config_from_arguments, training_parser
 from gap_diff_diffusers.data import warn_without_faces
 from gap_diff_diffusers.training.gap_diff import GAPDiffTrainer, GAPDiffTrainingConfig
-from gap_diff_diffusers.training.loop import save_whole
+from gap_diff_diffusers.training.loop import save_result
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,9 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     if trainer.accelerator.is_main_process:
         pipeline = GAPDiffProtectionPipeline(trainer.generator, trainer.config.eps)
         record = trainer.record(figures)
-        with save_whole(trainer.output_dir) as folder:
-            pipeline.save_pretrained(folder)
-            write_json(folder / "training_record.json", record)
+        save_result(pipeline, record, trainer.output_dir)
         hub.publish(arguments, trainer.output_dir, record)
     trainer.accelerator.end_training()
 

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from gap_diff_diffusers import hub
-from gap_diff_diffusers.config import config_from_arguments, training_parser, write_json
+from gap_diff_diffusers.config import config_from_arguments, training_parser
 from gap_diff_diffusers.data import warn_without_faces
-from gap_diff_diffusers.training.loop import save_whole
+from gap_diff_diffusers.training.loop import save_result
 from gap_diff_diffusers.training.surrogate import SurrogateTrainingConfig, train_surrogate
 
 
@@ -37,9 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
         warn_without_faces(config.load_photos()[0])
     denoiser, record = train_surrogate(config, resume=arguments.resume_from_checkpoint)
     if denoiser.accelerator.is_main_process:
-        with save_whole(config.output_dir) as folder:
-            denoiser.pipeline.to(dtype=torch.float16).save_pretrained(folder)
-            write_json(folder / "training_record.json", record)
+        save_result(denoiser.pipeline.to(dtype=torch.float16), record, config.output_dir)
         hub.publish(arguments, Path(config.output_dir), record)
     denoiser.accelerator.end_training()
 

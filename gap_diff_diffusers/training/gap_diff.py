@@ -445,11 +445,11 @@ class GAPDiffTrainer(TrainingLoop):
 
     def _draw_class_images(self, index: int) -> torch.Tensor:
         """Pictures of the class (M,3,S,S) in [0,1] by a surrogate that has learned nothing, at its resolution."""
-        config, multiple = self.config, self.surrogates[index].size_multiple
+        config = self.config
         settings = DreamBoothConfig(
             class_prompt=config.class_prompt,
             num_class_images=config.num_class_images,
-            resolution=max(1, round(config.surrogate_resolutions[index] / multiple)) * multiple,
+            resolution=_nearest(config.surrogate_resolutions[index], self.surrogates[index].size_multiple),
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         )
@@ -584,8 +584,13 @@ def _check_sizes(generator: GAPDiffGenerator, config: GAPDiffTrainingConfig) -> 
 
 def _at_resolution(images: torch.Tensor, resolution: int, multiple: int) -> torch.Tensor:
     """Crops (N,3,H,W) of photos of 512 px as they are where photos have `resolution`, in sides of this multiple."""
-    size = [max(1, round(side * resolution / 512 / multiple)) * multiple for side in images.shape[-2:]]
+    size = [_nearest(side * resolution / 512, multiple) for side in images.shape[-2:]]
     return resize(images, (size[0], size[1]))
+
+
+def _nearest(side: float, multiple: int) -> int:
+    """The multiple that is nearest to this side, from the first on."""
+    return max(1, round(side / multiple)) * multiple
 
 
 def _random_crop(size: Sequence[int], sides: Sequence[int], generator: torch.Generator) -> tuple:

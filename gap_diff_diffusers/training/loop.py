@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import autocast, check_at_least, check_at_least_one, check_choices, check_types
+from ..config import autocast, check_at_least, check_at_least_one, check_choices, check_types, write_json
 from ..data import save_grid
 from ..images import write_atomically
 
@@ -454,6 +455,13 @@ def save_whole(output_dir: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder / part.name)
         part.replace(folder / part.name)
     temporary.rmdir()
+
+
+def save_result(result: Any, record: dict[str, Any], output_dir: str | Path) -> None:
+    """Write what a training made, which has `save_pretrained`, and its record beside it, as `save_whole` has it."""
+    with save_whole(output_dir) as folder:
+        result.save_pretrained(folder)
+        write_json(folder / "training_record.json", record)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
